@@ -1,0 +1,43 @@
+"""What hardware is here. Labels are the same everywhere: metrics, replies, the gateway's pools, Kubernetes."""
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The device that models run on."""
+
+    label: str  # "cuda", "rocm", "xpu", "mps" or "cpu"
+    device: str  # what torch calls it, such as "cuda:0"
+    name: str  # for people, such as "NVIDIA L4"
+    memory_bytes: int  # on the device; for cpu, of the machine
+    core_count: int  # CPU cores that this process may use
+
+
+def detect() -> Hardware:
+    """Find the best device. Never raises: a machine with a broken driver is a cpu machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        import torch
+
+        if torch.cuda.is_available():
+            properties = torch.cuda.get_device_properties(0)
+            # ROCm builds of torch answer through the cuda namespace; torch.version.hip tells them apart.
+            label = "rocm" if torch.version.hip else "cuda"
+            return Hardware(label, "cuda:0", properties.name, properties.total_memory, cores)
+        if hasattr(torch, "xpu") and torch.xpu.is_available():
+            properties = torch.xpu.get_device_properties(0)
+            return Hardware("xpu", "xpu:0", properties.name, properties.total_memory, cores)
+        if torch.backends.mps.is_available():
+            return Hardware("mps", "mps", "Apple GPU", _machine_memory(), cores)
+    except Exception:  # noqa: BLE001 - whatever a driver throws, the CPU still works
+        pass
+    return Hardware("cpu", "cpu", "CPU", _machine_memory(), cores)
+
+
+def _machine_memory() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return 0
