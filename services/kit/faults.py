@@ -99,9 +99,7 @@ def not_found(resource_type: str, name: str, known: Iterable[str], *, field: str
 def overloaded(reason: str, message: str, *, retry_after_ms: int, **metadata: object) -> Fault:
     """A bound is reached; the same call may succeed after `retry_after_ms`."""
     return Fault(
-        FaultData(
-            Kind.OVERLOADED, reason, message, retry_after_ms=max(1, retry_after_ms), metadata=_strings(metadata)
-        )
+        FaultData(Kind.OVERLOADED, reason, message, retry_after_ms=max(1, retry_after_ms), metadata=_strings(metadata))
     )
 
 
@@ -121,9 +119,7 @@ def too_large(field: str, reason: str, description: str, **metadata: object) -> 
 def unavailable(reason: str, message: str, *, retry_after_ms: int, **metadata: object) -> Fault:
     """Not now, but a retry here or elsewhere is safe."""
     return Fault(
-        FaultData(
-            Kind.UNAVAILABLE, reason, message, retry_after_ms=max(1, retry_after_ms), metadata=_strings(metadata)
-        )
+        FaultData(Kind.UNAVAILABLE, reason, message, retry_after_ms=max(1, retry_after_ms), metadata=_strings(metadata))
     )
 
 

@@ -1,7 +1,10 @@
 """What hardware is here. Labels are the same everywhere: metrics, replies, the gateway's pools, Kubernetes."""
 
+import logging
 import os
 from dataclasses import dataclass
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ def detect() -> Hardware:
         if torch.backends.mps.is_available():
             return Hardware("mps", "mps", "Apple GPU", _machine_memory(), cores)
     except Exception:  # noqa: BLE001 - whatever a driver throws, the CPU still works
-        pass
+        log.warning("looking for a GPU failed; running on the CPU", exc_info=True)
     return Hardware("cpu", "cpu", "CPU", _machine_memory(), cores)
 
 

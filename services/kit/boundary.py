@@ -1,0 +1,198 @@
+"""The interceptor around every handler: faults become statuses, calls are counted, logged and waited for.
+
+All four arities go through here. Handlers never see a message that is too large or does not parse: the deserializer
+hands the boundary a marker instead, so that the caller gets a precise status and not gRPC's INTERNAL.
+"""
+
+import asyncio
+import contextlib
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import structlog
+from google.protobuf.message import DecodeError
+
+from services.kit import errors, faults
+from services.kit.call import CallLabels, current_labels
+from services.kit.faults import Fault
+from services.kit.metrics import Metrics
+
+log = structlog.get_logger(__name__)
+
+REQUEST_ID_KEY = "x-request-id"
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+# Infrastructure calls: answered while draining, neither counted nor logged.
+_UNCOUNTED = ("/grpc.health.", "/grpc.reflection.", "/grpc.channelz.")
+
+
+@dataclass(frozen=True)
+class _BadMessage:
+    """Stands in for a request message that could not be taken in."""
+
+    fault: Fault
+
+
+class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Wraps the handlers of one server and knows what is under way in them."""
+
+    def __init__(self, metrics: Metrics, *, max_message_bytes: int) -> None:
+        self._metrics = metrics
+        self._max_message_bytes = max_message_bytes
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.draining = False
+
+    async def wait_idle(self) -> None:
+        """Return when every handler has ended, its `finally` blocks included."""
+        await self._idle.wait()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        handler = await continuation(handler_call_details)
+        method: str = handler_call_details.method
+        if handler is None or method.startswith(_UNCOUNTED):
+            return handler
+        metadata = dict(handler_call_details.invocation_metadata or ())
+        return self._wrapped(handler, method, metadata.get(REQUEST_ID_KEY))
+
+    def _wrapped(self, handler: grpc.RpcMethodHandler, method: str, request_id: Any) -> grpc.RpcMethodHandler:
+        deserializer = self._guarded(handler.request_deserializer)
+
+        async def to_one(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            async with self._call(method, request_id, context):
+                behaviour = handler.stream_unary if handler.request_streaming else handler.unary_unary
+                return await behaviour(_checked(request, handler.request_streaming), context)
+
+        async def to_stream(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+            async with self._call(method, request_id, context):
+                behaviour = handler.stream_stream if handler.request_streaming else handler.unary_stream
+                produced = behaviour(_checked(request, handler.request_streaming), context)
+                if hasattr(produced, "__aiter__"):
+                    # Closing it here runs the handler's `finally` blocks before the call counts as over.
+                    async with contextlib.aclosing(produced):
+                        async for message in produced:
+                            yield message
+                else:
+                    await produced  # a handler that writes through the context
+
+        if handler.response_streaming:
+            make = (
+                grpc.stream_stream_rpc_method_handler
+                if handler.request_streaming
+                else (grpc.unary_stream_rpc_method_handler)
+            )
+            return make(to_stream, deserializer, handler.response_serializer)
+        make = (
+            grpc.stream_unary_rpc_method_handler if handler.request_streaming else (grpc.unary_unary_rpc_method_handler)
+        )
+        return make(to_one, deserializer, handler.response_serializer)
+
+    @contextlib.asynccontextmanager
+    async def _call(self, method: str, request_id: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+        began = time.monotonic()
+        if not (isinstance(request_id, str) and _REQUEST_ID.fullmatch(request_id)):
+            request_id = uuid.uuid4().hex
+        labels = CallLabels()
+        current_labels.set(labels)
+        structlog.contextvars.bind_contextvars(request_id=request_id)
+        code = "OK"
+        self._in_flight += 1
+        self._idle.clear()
+        self._metrics.in_flight.inc()
+        try:
+            if self.draining:
+                raise faults.unavailable("DRAINING", "this server is shutting down; call another", retry_after_ms=100)
+            yield
+            # A handler that passes a status through sets it on the context and returns.
+            if context.code():
+                code = _code_name(context.code())
+        except asyncio.CancelledError:
+            left = context.time_remaining()
+            code = "DEADLINE_EXCEEDED" if left is not None and left <= 0 else "CANCELLED"
+            raise
+        except Fault as fault:
+            code = errors.CODES[fault.data.kind].name
+            await errors.abort(context, fault)
+        except grpc.aio.AbortError:
+            code = _code_name(context.code())
+            raise
+        except Exception:
+            code = "INTERNAL"
+            log.exception("call failed", method=method)
+            await errors.abort(
+                context, faults.internal(f"a defect of the service; its log has request id {request_id}")
+            )
+        finally:
+            seconds = time.monotonic() - began
+            self._metrics.in_flight.dec()
+            self._metrics.requests.labels(
+                self._metrics.service, method, code, self._metrics.model_label(labels.model), labels.hardware
+            ).inc()
+            self._metrics.request_seconds.labels(self._metrics.service, method).observe(seconds)
+            log.info(
+                "call",
+                method=method,
+                code=code,
+                ms=round(seconds * 1000, 1),
+                model=labels.model or None,
+                peer=context.peer(),
+            )
+            self._in_flight -= 1
+            if self._in_flight == 0:
+                self._idle.set()
+
+    def _guarded(self, deserializer: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
+        limit = self._max_message_bytes
+
+        def deserialize(data: bytes) -> Any:
+            if len(data) > limit:
+                return _BadMessage(
+                    faults.too_large(
+                        "message",
+                        "MESSAGE_TOO_LARGE",
+                        f"{len(data)} bytes are more than the limit of {limit}",
+                        size_bytes=len(data),
+                        limit_bytes=limit,
+                    )
+                )
+            if deserializer is None:
+                return data
+            try:
+                return deserializer(data)
+            except DecodeError:
+                return _BadMessage(
+                    faults.invalid_field("message", "it is not a valid protobuf message of this method's request type")
+                )
+
+        return deserialize
+
+
+def _checked(request: Any, streaming: bool) -> Any:
+    if streaming:
+        return _checked_stream(request)
+    if isinstance(request, _BadMessage):
+        raise request.fault
+    return request
+
+
+async def _checked_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        if isinstance(request, _BadMessage):
+            raise request.fault
+        yield request
+
+
+def _code_name(code: Any) -> str:
+    # grpc.aio answers the integer or the enum, depending on who set it.
+    if isinstance(code, grpc.StatusCode):
+        return str(code.name)
+    return next((str(c.name) for c in grpc.StatusCode if c.value[0] == code), "UNKNOWN")

@@ -1,0 +1,400 @@
+"""Supervises the engine process and carries jobs to it and events back.
+
+The front never blocks and holds no model. When the engine process dies, the calls inside it end with UNAVAILABLE (a
+retry is safe: nothing they did is kept), the calls that wait stay, readiness goes down, and a new process is started
+with backoff.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import random
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+
+import msgspec
+import structlog
+
+from services.kit import faults, wire
+from services.kit.admission import Admission, Priority, Ticket
+from services.kit.engine_api import (
+    Accepted,
+    Cancel,
+    Cancelled,
+    Command,
+    Event,
+    Failed,
+    Finished,
+    Heartbeat,
+    JobEvent,
+    Raw,
+    Ready,
+    Submit,
+    Update,
+)
+from services.kit.faults import Fault
+from services.kit.metrics import Metrics
+from services.kit.settings import ServiceSettings
+
+log = structlog.get_logger(__name__)
+
+_BACKOFF_FIRST_S = 0.25
+_BACKOFF_MOST_S = 30.0
+# An engine that served this long was healthy: its death is not counted towards the backoff.
+_STABLE_S = 60.0
+_EXPECTED_RESTART_MS = 2000
+
+
+@dataclass(frozen=True)
+class Queued:
+    """The job waits; `position` calls stand before it."""
+
+    position: int
+
+
+HostEvent = Queued | Accepted | Update | Finished
+
+
+class EngineHost:
+    """One engine process, its queue and its jobs.
+
+    factory: dotted name "module:function" of `create_engine(settings_json) -> Engine`, imported in the engine process
+    only. slots: jobs the engine is given at a time.
+    """
+
+    def __init__(
+        self,
+        factory: str,
+        settings: ServiceSettings,
+        *,
+        slots: int,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._factory = factory
+        self._settings = settings
+        self._metrics = metrics
+        self._clock = clock
+        self.admission = Admission(
+            slots=slots,
+            queue_limit=settings.queue_limit,
+            queue_bytes_limit=settings.queue_bytes_limit,
+            clock=clock,
+        )
+        self._numbers = itertools.count(1)
+        self._waiting: dict[Ticket, Job] = {}
+        self._running: dict[str, Job] = {}
+        self._process: asyncio.subprocess.Process | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._stopping = False
+        self._last_heard = 0.0
+        self._reported_positions: dict[Ticket, int] = {}
+        self.info: Raw | None = None
+        self.ready = False
+        self.on_ready_change: Callable[[bool], None] = lambda ready: None
+        self._ready_event = asyncio.Event()
+        metrics.queue_depth.set_function(lambda: self.admission.waiting_count)
+        metrics.running.set_function(lambda: self.admission.running_count)
+
+    # --- life ---
+
+    async def start(self) -> None:
+        """Start supervising; returns at once, while the engine still loads."""
+        self._supervisor = asyncio.create_task(self._supervise(), name="engine-supervisor")
+
+    async def wait_ready(self) -> None:
+        """Return when the engine has loaded its models."""
+        await self._ready_event.wait()
+
+    async def stop(self) -> None:
+        """End the engine process; what is still in it ends with UNAVAILABLE."""
+        self._stopping = True
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._supervisor
+            self._supervisor = None
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the engine, None while there is none."""
+        return self._process.pid if self._process else None
+
+    # --- jobs ---
+
+    def admit(self, *, priority: Priority, time_left_s: float | None, cost: float = 1.0) -> "Job":
+        """Reserve a place for a call or raise Fault (ENGINE_NOT_READY, QUEUE_FULL, DEADLINE_TOO_SHORT).
+
+        cost: work relative to other calls of this service, above 0. time_left_s: until the caller's deadline, None
+        without one. Nothing is computed before `Job.start`.
+        """
+        if not self.ready:
+            raise faults.unavailable(
+                "ENGINE_NOT_READY",
+                "the engine is loading its models; retry shortly",
+                retry_after_ms=_EXPECTED_RESTART_MS,
+            )
+        try:
+            ticket = self.admission.enter(priority=priority, cost=cost, time_left_s=time_left_s)
+        except Fault as fault:
+            self._metrics.refused.labels(fault.data.reason).inc()
+            raise
+        job = Job(self, f"{next(self._numbers)}", ticket)
+        self._waiting[ticket] = job
+        return job
+
+    def _start_job(self, job: "Job", payload: msgspec.Struct) -> None:
+        job.payload = wire.raw(payload)
+        self.admission.make_eligible(job.ticket, memoryview(job.payload).nbytes)
+        self._pump()
+
+    def _end_job(self, job: "Job") -> None:
+        """The caller no longer listens."""
+        if job.ticket in self._waiting:
+            del self._waiting[job.ticket]
+            self._reported_positions.pop(job.ticket, None)
+            self.admission.leave(job.ticket)
+            if not job.ended:
+                self._metrics.cancelled.labels("queued").inc()
+            self._pump()
+        elif job.id in self._running and not job.cancel_sent:
+            # The slot stays taken until the engine says that it really stopped.
+            job.cancel_sent = True
+            self._metrics.cancelled.labels("running").inc()
+            self._send(Cancel(job.id))
+
+    def _pump(self) -> None:
+        while self.ready and (ticket := self.admission.grant_next()) is not None:
+            job = self._waiting.pop(ticket)
+            self._reported_positions.pop(ticket, None)
+            self._running[job.id] = job
+            job.granted_at = self._clock()
+            self._metrics.queue_seconds.observe(job.granted_at - ticket.entered_at)
+            self._send(Submit(job.id, job.payload))
+            job.payload = Raw(b"")  # the engine has it now
+        for ticket, position in self.admission.positions():
+            if self._reported_positions.get(ticket) != position:
+                self._reported_positions[ticket] = position
+                self._waiting[ticket].put(Queued(position))
+
+    def _on_event(self, event: JobEvent) -> None:
+        job = self._running.get(event.job)
+        if job is None:
+            return
+        match event:
+            case Finished() | Failed() | Cancelled():
+                del self._running[job.id]
+                job.finished_at = self._clock()
+                self.admission.leave(job.ticket, completed=isinstance(event, Finished))
+                job.put(event)
+                self._pump()
+            case _:
+                job.put(event)
+
+    # --- the process ---
+
+    def _send(self, command: Command) -> None:
+        # A closing writer means that the supervisor is about to fail these jobs and start afresh.
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(wire.encode(command))
+
+    def _set_ready(self, ready: bool) -> None:
+        if ready == self.ready:
+            return
+        self.ready = ready
+        if ready:
+            self._ready_event.set()
+        else:
+            self._ready_event.clear()
+        self.on_ready_change(ready)
+
+    async def _supervise(self) -> None:
+        backoff_s = _BACKOFF_FIRST_S
+        try:
+            while True:
+                began = self._clock()
+                cause = await self._run_once()
+                if self._clock() - began > _STABLE_S:
+                    backoff_s = _BACKOFF_FIRST_S
+                self._metrics.engine_restarts.inc()
+                delay_s = backoff_s * random.uniform(0.8, 1.2)
+                log.error("engine ended", cause=cause, restart_in_s=round(delay_s, 2))
+                await asyncio.sleep(delay_s)
+                backoff_s = min(backoff_s * 2, _BACKOFF_MOST_S)
+        finally:
+            self._lose_engine("the service is stopping")
+
+    async def _run_once(self) -> str:
+        """Start the engine process and serve it until it ends; answers why it ended."""
+        ours, theirs = socket.socketpair()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "services.kit.engine_worker",
+                self._factory,
+                str(theirs.fileno()),
+                pass_fds=[theirs.fileno()],
+                stdin=asyncio.subprocess.PIPE,
+            )
+        finally:
+            theirs.close()
+        self._process = process
+        log.info("engine starting", pid=process.pid)
+        try:
+            assert process.stdin is not None
+            with contextlib.suppress(ConnectionError):  # it died at once; the reader below sees that
+                process.stdin.write(self._settings.model_dump_json().encode())
+                await process.stdin.drain()
+            process.stdin.close()
+            reader, self._writer = await asyncio.open_connection(sock=ours, limit=1 << 24)
+            cause = await self._serve(reader)
+        finally:
+            self._set_ready(False)
+            if self._writer is not None:
+                self._writer.close()
+                self._writer = None
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+            self._process = None
+            self._lose_engine("the engine process ended")
+        if cause is None:
+            code = process.returncode or 0
+            cause = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return cause
+
+    async def _serve(self, reader: asyncio.StreamReader) -> str | None:
+        """Handle events until the process is gone (None) or must be killed (why)."""
+        self._last_heard = self._clock()
+        watchdog = asyncio.create_task(self._watch_for_stall(), name="engine-watchdog")
+        reading = asyncio.create_task(self._read_events(reader), name="engine-events")
+        try:
+            done, _ = await asyncio.wait({watchdog, reading}, return_when=asyncio.FIRST_COMPLETED)
+            return watchdog.result() if watchdog in done else reading.result()
+        finally:
+            for task in (watchdog, reading):
+                task.cancel()
+            await asyncio.gather(watchdog, reading, return_exceptions=True)
+
+    async def _read_events(self, reader: asyncio.StreamReader) -> None:
+        while True:
+            try:
+                event: Event = await wire.read_event(reader)
+            except (asyncio.IncompleteReadError, ConnectionError):
+                return
+            self._last_heard = self._clock()
+            match event:
+                case Ready(info):
+                    self.info = Raw(bytes(info))
+                    log.info("engine ready", pid=self.pid)
+                    self._set_ready(True)
+                    self._pump()
+                case Heartbeat(step_seconds):
+                    if step_seconds > self._settings.engine_stall_s:
+                        self._last_heard = float("-inf")
+                case _:
+                    self._on_event(event)
+
+    async def _watch_for_stall(self) -> str:
+        started = self._clock()
+        while True:
+            await asyncio.sleep(1.0)
+            now = self._clock()
+            if not self.ready and now - started > self._settings.engine_start_s:
+                return f"not ready after {self._settings.engine_start_s:.0f} s"
+            if now - self._last_heard > self._settings.engine_stall_s:
+                return f"stuck for more than {self._settings.engine_stall_s:.0f} s"
+
+    def _lose_engine(self, why: str) -> None:
+        """Fail what was inside the engine. What waits stays, unless the service itself is stopping."""
+        lost = list(self._running.values())
+        self._running.clear()
+        if self._stopping:
+            lost += self._waiting.values()
+            self._waiting.clear()
+        fault = faults.unavailable("ENGINE_LOST", f"{why}; a retry is safe", retry_after_ms=_EXPECTED_RESTART_MS)
+        for job in lost:
+            self.admission.leave(job.ticket)
+            job.finished_at = self._clock()
+            job.put(Failed(job.id, fault.data))
+
+
+class Job:
+    """One call's work, from admission to its end. Use as an async context manager and iterate over its events.
+
+    Iterating yields Queued, then Accepted, Update …, and Finished last; it raises Fault when the job fails. Leaving the
+    block before the end cancels the job in the engine within one step.
+    """
+
+    def __init__(self, host: EngineHost, job_id: str, ticket: Ticket) -> None:
+        self.id = job_id
+        self.ticket = ticket
+        self.payload = Raw(b"")
+        self.granted_at: float | None = None
+        self.finished_at: float | None = None
+        self.cancel_sent = False
+        self.ended = False
+        self._host = host
+        self._events: deque[Queued | JobEvent] = deque()
+        self._arrived = asyncio.Event()
+
+    def start(self, payload: msgspec.Struct) -> None:
+        """Queue the job with its input; raises Fault (QUEUE_BYTES_FULL) when the waiting input is too much."""
+        self._host._start_job(self, payload)
+
+    def put(self, event: Queued | JobEvent) -> None:
+        """Called by the host. Of several positions not yet read only the newest is kept."""
+        if isinstance(event, Queued) and self._events and isinstance(self._events[-1], Queued):
+            self._events.pop()
+        self._events.append(event)
+        self._arrived.set()
+
+    @property
+    def queue_ms(self) -> float:
+        """Milliseconds from admission until the engine was given the job."""
+        return 0.0 if self.granted_at is None else (self.granted_at - self.ticket.entered_at) * 1000
+
+    @property
+    def engine_ms(self) -> float:
+        """Milliseconds from then until its end."""
+        if self.granted_at is None or self.finished_at is None:
+            return 0.0
+        return (self.finished_at - self.granted_at) * 1000
+
+    async def __aenter__(self) -> "Job":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._host._end_job(self)
+
+    def __aiter__(self) -> "Job":
+        return self
+
+    async def __anext__(self) -> HostEvent:
+        if self.ended:
+            raise StopAsyncIteration
+        while not self._events:
+            self._arrived.clear()
+            await self._arrived.wait()
+        event = self._events.popleft()
+        match event:
+            case Finished():
+                self.ended = True
+            case Failed(fault=data):
+                self.ended = True
+                raise Fault(data)
+            case Cancelled():
+                # Only this side cancels, and it no longer listens then: the engine made it up.
+                self.ended = True
+                raise faults.internal("the engine cancelled a call that nobody had cancelled")
+        return event

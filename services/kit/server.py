@@ -1,0 +1,209 @@
+"""A grpc.aio server as every service runs it: health, reflection, channelz, metrics page, drain on SIGTERM."""
+
+import asyncio
+import contextlib
+import signal
+from collections.abc import Callable, Sequence
+
+import grpc
+import structlog
+from grpc_channelz.v1 import channelz
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from services.kit import logs
+from services.kit.boundary import Boundary
+from services.kit.engine_host import EngineHost
+from services.kit.metrics import Metrics, MetricsPage
+from services.kit.settings import ServiceSettings
+
+log = structlog.get_logger(__name__)
+
+LIVENESS = "liveness"
+READINESS = "readiness"
+# Our own check answers precisely up to here; beyond, gRPC itself refuses before the message is read into memory.
+_CORE_LIMIT_FACTOR = 4
+
+
+class Health:
+    """What grpc.health.v1 says. Changes are applied in order, also when made outside a coroutine."""
+
+    def __init__(self) -> None:
+        self.servicer = health.aio.HealthServicer()
+        self._wanted: dict[str, bool] = {"": False, LIVENESS: True, READINESS: False}
+        self._changed = asyncio.Event()
+        self._changed.set()
+        self._task: asyncio.Task[None] | None = None
+
+    def set(self, name: str, serving: bool) -> None:
+        """Say whether `name` ("readiness", a full service name, or "" for the whole) is serving."""
+        self._wanted[name] = serving
+        self._changed.set()
+
+    async def start(self) -> None:
+        """Publish the first state, before the server takes its first call, and follow changes from then on."""
+        await self._publish()
+        self._task = asyncio.create_task(self._follow(), name="health")
+
+    async def stop(self) -> None:
+        """Say NOT_SERVING of everything, for good."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        await self.servicer.enter_graceful_shutdown()
+
+    async def _follow(self) -> None:
+        while True:
+            await self._changed.wait()
+            await self._publish()
+
+    async def _publish(self) -> None:
+        self._changed.clear()
+        for name, serving in list(self._wanted.items()):
+            status = health_pb2.HealthCheckResponse
+            await self.servicer.set(name, status.SERVING if serving else status.NOT_SERVING)
+
+
+class ServiceServer:
+    """One service's front process.
+
+    register: adds the servicers to the server and answers their full service names, which reflection lists and whose
+    health follows the engine's readiness. host: None for a service without an engine, which sets its own health.
+    lifespan: entered before the server takes its first call and left after it has ended its last one.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        settings: ServiceSettings,
+        *,
+        metrics: Metrics,
+        host: EngineHost | None,
+        register: Callable[[grpc.aio.Server], Sequence[str]],
+        lifespan: Callable[[Health], contextlib.AbstractAsyncContextManager[None]] | None = None,
+    ) -> None:
+        self.name = name
+        self.settings = settings
+        self.metrics = metrics
+        self.host = host
+        self.port = 0
+        self.metrics_port = 0
+        self.health = Health()
+        self._register = register
+        self._lifespan = lifespan
+        self._boundary = Boundary(metrics, max_message_bytes=settings.max_message_bytes)
+        self._server: grpc.aio.Server | None = None
+        self._exits = contextlib.AsyncExitStack()
+
+    async def start(self) -> None:
+        """Listen and start the engine; returns while the engine still loads. Raises OSError if a port is taken."""
+        settings = self.settings
+        server = grpc.aio.server(
+            interceptors=[self._boundary],
+            options=[
+                ("grpc.max_receive_message_length", settings.max_message_bytes * _CORE_LIMIT_FACTOR),
+                ("grpc.max_send_message_length", -1),
+                # Without this a second server on the same port would silently take half of the calls.
+                ("grpc.so_reuseport", 0),
+                # Let clients notice a dead connection every 10 s, also between calls.
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+            ],
+        )
+        names = list(self._register(server))
+        health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, server)
+        channelz.add_channelz_servicer(server)
+        described = [*names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name]
+        reflection.enable_server_reflection([*described, reflection.SERVICE_NAME], server)
+        try:
+            self.port = server.add_insecure_port(f"{settings.host}:{settings.port}")
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {settings.host}:{settings.port}; is the port taken?") from error
+
+        async with contextlib.AsyncExitStack() as exits:
+            if settings.metrics_port >= 0:
+                page = MetricsPage(self.metrics, settings.metrics_host, settings.metrics_port)
+                exits.callback(page.close)
+                self.metrics_port = page.port
+            if self.host is not None:
+                self._follow_engine(self.host, names)
+                await self.host.start()
+                exits.push_async_callback(self.host.stop)
+            if self._lifespan is not None:
+                await exits.enter_async_context(self._lifespan(self.health))
+            await self.health.start()
+            await server.start()
+            self._exits = exits.pop_all()
+        self._server = server
+        log.info("listening", address=f"{settings.host}:{self.port}", metrics_port=self.metrics_port or None)
+
+    async def wait_ready(self) -> None:
+        """Return when the engine is ready for calls; at once without an engine."""
+        if self.host is not None:
+            await self.host.wait_ready()
+
+    async def stop(self, grace_s: float | None = None) -> None:
+        """Drain and end: NOT_SERVING, a pause for load balancers, refuse new calls, finish the admitted, the engine.
+
+        grace_s: seconds that admitted calls may take, the setting's when None; what is not done then is cancelled.
+        """
+        if self._server is None:
+            return
+        server, self._server = self._server, None
+        log.info("draining")
+        await self.health.stop()
+        self.metrics.ready.set(0)
+        await asyncio.sleep(self.settings.drain_delay_s)
+        self._boundary.draining = True
+        try:
+            async with asyncio.timeout(self.settings.drain_grace_s if grace_s is None else grace_s):
+                await self._boundary.wait_idle()
+        except TimeoutError:
+            log.warning("grace is over; cancelling what is left")
+        await server.stop(None)
+        # stop() may return before handlers have run their `finally` blocks (grpc#37239), and those need the engine.
+        await self._boundary.wait_idle()
+        await self._exits.aclose()
+        log.info("stopped")
+
+    def _follow_engine(self, host: EngineHost, names: Sequence[str]) -> None:
+        def changed(ready: bool) -> None:
+            self.metrics.ready.set(1 if ready else 0)
+            for name in ("", READINESS, *names):
+                self.health.set(name, ready)
+
+        host.on_ready_change = changed
+        changed(host.ready)
+
+
+def run(server: ServiceServer) -> None:
+    """Serve until SIGTERM or SIGINT, then drain; a second signal ends at once. Exits with 1 if it cannot start."""
+    import uvloop  # here, so that tests may run on the standard loop
+
+    logs.configure(server.name, server.settings.log_level)
+    try:
+        uvloop.run(_serve_until_signal(server))
+    except OSError as error:
+        log.error("cannot start", error=str(error))
+        raise SystemExit(1) from None
+
+
+async def _serve_until_signal(server: ServiceServer) -> None:
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        # The next one takes the default action: no more patience.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
+        stopping.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    await server.start()
+    try:
+        await stopping.wait()
+    finally:
+        await server.stop()
