@@ -124,7 +124,8 @@ class ServiceServer:
         async with contextlib.AsyncExitStack() as exits:
             if settings.metrics_port >= 0:
                 page = MetricsPage(self.metrics, settings.metrics_host, settings.metrics_port)
-                exits.callback(page.close)
+                # Closing waits for the page's thread, which looks up every half second.
+                exits.push_async_callback(asyncio.to_thread, page.close)
                 self.metrics_port = page.port
             if self.host is not None:
                 self._follow_engine(self.host, names)
