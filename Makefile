@@ -1,0 +1,82 @@
+# `make` prints what there is. Every target creates the environment it needs in .venv and says what it does.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help demo up down test lint protos bench eval lock clean
+
+# Python 3.11 or newer; override with `make demo PYTHON=/path/to/python3`.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# Where pip finds the torch build for this machine's hardware, for instance
+# `make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu`; empty for pip's own configuration. See docs/install.md.
+TORCH_INDEX ?=
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check --quiet
+
+help:  ## Show these lines
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.installed  ## Read a handwritten line and paint a picture, through all services, then stop them
+	@$(RUN) -m services.local demo
+
+up: $(VENV)/.installed  ## Start the OCR, diffusion and gateway services on this machine, in the background
+	@$(RUN) -m services.local up
+
+down:  ## Stop what `make up` started
+	@if [ -x $(RUN) ]; then $(RUN) -m services.local down; else echo "nothing is running"; fi
+
+test: $(VENV)/.installed-dev  ## Run every test (ARGS="-k word" for some)
+	@echo "· running the tests"
+	@$(RUN) -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev  ## Check style, types, imports between packages, and the protos
+	@echo "· ruff"; $(RUN) -m ruff check . && $(RUN) -m ruff format --check .
+	@echo "· mypy"; $(RUN) -m mypy inkwell services tests benchmarks
+	@echo "· import-linter"; $(VENV)/bin/lint-imports
+	@echo "· buf"; protos/lint.sh
+
+protos: $(VENV)/.installed  ## Generate the Python modules of the protos into inkwell/
+	@$(RUN) protos/generate.py
+
+bench: $(VENV)/.installed-dev  ## Measure against what one would pick instead (ONLY=name for one)
+	@$(RUN) -m benchmarks $(ONLY)
+
+eval: $(VENV)/.installed  ## Print the reading quality on DIR (a folder with labels.tsv; default: the samples)
+	@$(RUN) -m services.ocr.evaluate $(or $(DIR),models/handwriting-tiny/samples)
+
+lock:  ## Write requirements/*.txt anew from pyproject.toml
+	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" requirements/lock.sh
+
+clean: down  ## Remove the environment and everything generated
+	@rm -rf $(VENV) .run build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@rm -rf inkwell/common inkwell/ocr inkwell/diffusion inkwell/gateway
+
+# --- the environment ---
+
+$(VENV)/bin/python:
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Inkwell needs Python 3.11 or newer: apt-get install python3.11 python3.11-venv, or make PYTHON=..." >&2; exit 1; }
+	@echo "· creating $(VENV) with $$("$(PYTHON)" --version)"
+	@"$(PYTHON)" -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "the venv module is missing: apt-get install python3-venv" >&2; exit 1; }
+
+# torch first and by itself: what decides between CPU and GPU builds is the index that it comes from.
+$(VENV)/.torch: requirements/torch.txt | $(VENV)/bin/python
+	@echo "· installing torch (the largest part)"
+	@$(PIP) install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -r requirements/torch.txt
+	@touch $@
+
+$(VENV)/.requirements: requirements/cpu.txt $(VENV)/.torch
+	@echo "· installing the other libraries"
+	@$(PIP) install -r requirements/cpu.txt
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml hatch_build.py protos/generate.py $(shell find protos -name '*.proto') $(VENV)/.requirements
+	@echo "· generating the protobuf modules and installing inkwell"
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: requirements/dev.txt $(VENV)/.installed
+	@echo "· installing the test tools"
+	@$(PIP) install -r requirements/dev.txt
+	@touch $@

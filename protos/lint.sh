@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Lint the protos with buf (npm @bufbuild/buf) in a staging folder that also holds the google.rpc protos they import.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+version=1.75.0
+stage=build/protos
+if ! command -v npm >/dev/null; then
+  echo "buf comes through npm, which is missing: apt-get install npm" >&2
+  exit 1
+fi
+if [ ! -x build/buf/node_modules/.bin/buf ]; then
+  echo "· installing buf $version"
+  npm install --silent --no-audit --no-fund --prefix build/buf "@bufbuild/buf@$version" >/dev/null
+fi
+rm -rf "$stage" && mkdir -p "$stage/google/rpc"
+cp -r protos/inkwell protos/buf.yaml "$stage/"
+.venv/bin/python - "$stage/google/rpc" <<'EOF'
+import importlib.util, pathlib, shutil, sys
+found = importlib.util.find_spec("google.rpc").submodule_search_locations[0]
+shutil.copy(pathlib.Path(found, "status.proto"), sys.argv[1])
+EOF
+cd "$stage"
+../buf/node_modules/.bin/buf lint --path inkwell
+../buf/node_modules/.bin/buf format --diff --exit-code --path inkwell
