@@ -1,0 +1,123 @@
+"""How the SDK reaches a server: message limits, keepalive, retries and metadata, each in this one place."""
+
+import asyncio
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from inkwell.errors import Unavailable, invalid
+from inkwell.version import __version__
+
+DEFAULT_TIMEOUT_S = 300.0
+"""How long a call may take when nothing else is asked for."""
+
+MIB = 1 << 20
+
+BATCH_REQUEST_BYTES_MOST = 32 * MIB
+"""The longest request on a shared stream, where one that a server refuses would end the stream for all: what servers
+take unless set otherwise. Other requests of any length are sent, and refused by the server that finds them too long."""
+
+RESPONSE_BYTES_MOST = 256 * MIB
+"""The longest answer: several large pictures at once."""
+
+RETRY_BUFFER_BYTES = 64 * MIB
+"""The longest request that is retried; gRPC's default, 256 KiB, is less than a photo."""
+
+KEEPALIVE_S = 30.0
+"""A silent connection with calls under way is probed this often …"""
+
+KEEPALIVE_TIMEOUT_S = 10.0
+"""… and given up when the probe is not answered within this time."""
+
+Metadata = tuple[tuple[str, str], ...]
+
+# Only UNAVAILABLE: the servers answer it when nothing was done yet. gRPC adds jitter of ±20 % to every backoff, obeys
+# `grpc-retry-pushback-ms`, and retries only while no answer has begun. Throttling stops retries when more than half
+# of the recent calls failed, so that a fleet in trouble is not buried.
+SERVICE_CONFIG: dict[str, Any] = {
+    "methodConfig": [
+        {
+            "name": [{}],
+            "retryPolicy": {
+                "maxAttempts": 4,
+                "initialBackoff": "0.2s",
+                "maxBackoff": "3s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ],
+    "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.1},
+}
+
+
+def channel_options() -> list[tuple[str, Any]]:
+    """gRPC channel arguments of every Inkwell client."""
+    return [
+        ("grpc.primary_user_agent", f"inkwell-python/{__version__}"),
+        ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.max_receive_message_length", RESPONSE_BYTES_MOST),
+        ("grpc.per_rpc_retry_buffer_size", RETRY_BUFFER_BYTES),
+        ("grpc.keepalive_time_ms", int(KEEPALIVE_S * 1000)),
+        ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),
+        ("grpc.keepalive_permit_without_calls", 0),
+    ]
+
+
+def open_channel(target: str, credentials: Any | None) -> Any:
+    """A blocking `grpc.Channel`; plaintext when `credentials` (a `grpc.ChannelCredentials`) is None."""
+    if credentials is None:
+        return grpc.insecure_channel(target, options=channel_options())
+    return grpc.secure_channel(target, credentials, options=channel_options())
+
+
+def open_aio_channel(target: str, credentials: Any | None) -> Any:
+    """A `grpc.aio.Channel`, bound to the running event loop."""
+    if credentials is None:
+        return grpc.aio.insecure_channel(target, options=channel_options())
+    return grpc.aio.secure_channel(target, credentials, options=channel_options())
+
+
+def call_metadata(
+    hardware: str | None, priority: str | None, extra: Mapping[str, str] | Iterable[tuple[str, str]] | None
+) -> Metadata:
+    """The metadata of every call; raises InvalidRequest for what HTTP/2 headers cannot carry."""
+    items = list(extra.items() if isinstance(extra, Mapping) else extra or ())
+    if hardware:
+        items.append(("inkwell-hardware", hardware))
+    if priority:
+        items.append(("inkwell-priority", priority))
+    for key, value in items:
+        if not key or not key.isascii() or key != key.lower() or not key.replace("-", "").replace("_", "").isalnum():
+            raise invalid("metadata", f"keys are lower-case letters, digits, '-' and '_', not {key!r}")
+        if not (isinstance(value, str) and value.isascii() and value.isprintable()):
+            raise invalid(key, "metadata values are printable ASCII")  # not shown: it may be a secret
+    return tuple(items)
+
+
+def wait_until_ready(channel: Any, target: str, wait_s: float) -> None:
+    """Block until a connection stands; raises Unavailable after `wait_s`."""
+    ready = grpc.channel_ready_future(channel)
+    try:
+        ready.result(timeout=wait_s)
+    except grpc.FutureTimeoutError:
+        raise _not_reached(target, wait_s) from None
+    finally:
+        ready.cancel()
+
+
+async def wait_until_ready_async(channel: Any, target: str, wait_s: float) -> None:
+    """The same on the event loop."""
+    try:
+        async with asyncio.timeout(wait_s):
+            await channel.channel_ready()
+    except TimeoutError:
+        raise _not_reached(target, wait_s) from None
+
+
+def _not_reached(target: str, wait_s: float) -> Unavailable:
+    return Unavailable(f"cannot reach {target}: no connection within {wait_s:g} s", reason="UNREACHABLE")

@@ -1,0 +1,173 @@
+"""`inkwell paint`."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from inkwell import types
+from inkwell.cli import preview as previewing
+from inkwell.cli import report, terminal
+from inkwell.client import Client
+from inkwell.embedded import embedded_parameters
+
+MEDIA_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
+
+
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where the pictures go: a file each, or stdout for one."""
+
+    path: Path
+    media_type: str
+    stdout: bool
+
+    def file(self, number: int, count: int) -> Path:
+        """The file of picture `number` (from 1) of `count`."""
+        if count == 1:
+            return self.path
+        return self.path.with_name(f"{self.path.stem}-{number}{self.path.suffix}")
+
+
+def destination(output: str, count: int) -> Destination:
+    """Checked before anything is painted; raises BadParameter."""
+    option = "--output"
+    if output == "-":
+        if count > 1:
+            raise typer.BadParameter("stdout takes one picture; give a file name for several", param_hint=option)
+        return Destination(Path("-"), "image/png", stdout=True)
+    path = Path(output)
+    media_type = MEDIA_TYPES.get(path.suffix.lower())
+    if media_type is None:
+        raise typer.BadParameter(f"{output!r} must end in one of: {', '.join(MEDIA_TYPES)}", param_hint=option)
+    if path.is_dir():
+        raise typer.BadParameter(f"{output!r} is a directory", param_hint=option)
+    if not path.parent.is_dir():
+        raise typer.BadParameter(f"there is no directory {str(path.parent)!r}", param_hint=option)
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise typer.BadParameter(f"the directory {str(path.parent)!r} cannot be written to", param_hint=option)
+    return Destination(path, media_type, stdout=False)
+
+
+def merged(like: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments for `Client.paint_stream`: those embedded in the picture `like`, overridden by what was given.
+
+    Raises BadParameter when `like` cannot be read or carries no parameters.
+    """
+    embedded: dict[str, Any] = {}
+    if like is not None:
+        try:
+            embedded = dataclasses.asdict(embedded_parameters(like))
+        except OSError as error:
+            raise typer.BadParameter(f"cannot read {str(like)!r}: {error.strerror}", param_hint="--like") from None
+        except ValueError as error:
+            raise typer.BadParameter(f"{str(like)!r}: {error}", param_hint="--like") from None
+        embedded["steps"] = embedded.pop("step_count")
+    return embedded | {name: value for name, value in given.items() if value is not None}
+
+
+def run(
+    client: Client,
+    options: Mapping[str, Any],
+    where: Destination,
+    *,
+    as_json: bool,
+    quiet: bool,
+    preview: bool,
+) -> None:
+    """Paint, write and print; raises InkwellError or OSError."""
+    console = terminal.console()
+    on_terminal = console.is_terminal and not quiet
+    draw = preview and on_terminal and previewing.possible(console)
+    started: types.Started | None = None
+    result: types.PaintResult | None = None
+    drawn: Any = ""
+    told = _Told(silent=quiet or on_terminal)
+    with terminal.live(quiet=quiet) as live:
+        for event in client.paint_stream(**options, previews=draw):
+            match event:
+                case types.Queued():
+                    told.line(f"queued, {event.position} before this one")
+                    live.update(terminal.status(f"queued, {event.position} before this one"))
+                case types.Started():
+                    started = event
+                    told.line(f"started: {event.model} on {event.hardware} ({event.runtime})")
+                    live.update(terminal.status(f"{event.model} on {event.hardware} ({event.runtime})"))
+                case types.Progress():
+                    told.progress(event)
+                    line = terminal.bar(event.step, event.step_count, "steps", _remaining(event.eta_ms))
+                    live.update(terminal.above(drawn, line) if drawn else line)
+                case types.Preview() if draw:
+                    drawn = previewing.draw([image.content for image in event.images], console.width)
+                case types.PaintResult():
+                    result = event
+    assert result is not None
+    if draw:
+        console.print(previewing.draw([picture.content for picture in result.pictures], console.width))
+    for warning in result.warnings:
+        report.note(warning)
+    _deliver(result, started, where, as_json=as_json)
+
+
+class _Told:
+    """Progress as plain lines, where stderr is no terminal: one an event, and one for every tenth of the steps."""
+
+    def __init__(self, *, silent: bool) -> None:
+        self._silent = silent
+        self._tenth = 0
+
+    def line(self, text: str) -> None:
+        if not self._silent:
+            report.note(text)
+
+    def progress(self, event: types.Progress) -> None:
+        tenth = event.step * 10 // max(1, event.step_count)
+        if tenth > self._tenth:
+            self._tenth = tenth
+            self.line(f"step {event.step}/{event.step_count}, {_remaining(event.eta_ms)}")
+
+
+def _remaining(eta_ms: int) -> str:
+    seconds = eta_ms / 1000
+    if seconds < 10:
+        return f"{seconds:.1f} s left"
+    if seconds < 120:
+        return f"{seconds:.0f} s left"
+    return f"{seconds / 60:.0f} min left"
+
+
+def _deliver(result: types.PaintResult, started: types.Started | None, where: Destination, *, as_json: bool) -> None:
+    if where.stdout:
+        report.raw(result.pictures[0].content)
+        return
+    for number, picture in enumerate(result.pictures, start=1):
+        path = where.file(number, len(result.pictures))
+        try:
+            picture.save(path)
+        except OSError as error:
+            raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+        if as_json:
+            report.json_line(_as_json(path, picture, result, started))
+        else:
+            report.line(str(path))
+
+
+def _as_json(
+    path: Path, picture: types.Picture, result: types.PaintResult, started: types.Started | None
+) -> dict[str, Any]:
+    served_by = {"model": picture.parameters.model}
+    if started is not None:
+        served_by |= {"hardware": started.hardware, "runtime": started.runtime}
+    return {
+        "file": str(path),
+        "media_type": picture.media_type,
+        "size_bytes": len(picture.content),
+        "parameters": dataclasses.asdict(picture.parameters),
+        "warnings": list(result.warnings),
+        "timing": dataclasses.asdict(result.timing),
+        "served_by": served_by,
+    }

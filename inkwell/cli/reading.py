@@ -1,0 +1,167 @@
+"""`inkwell read`."""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+import typer
+from rich.console import Group
+from rich.text import Text
+
+from inkwell import types
+from inkwell.batch import BatchItem
+from inkwell.cli import report, terminal
+from inkwell.client import Client
+from inkwell.errors import InkwellError
+
+Source = tuple[str, types.ImageSource]
+
+
+class Options(TypedDict):
+    """The keyword arguments of `Client.read_stream` and `Client.read_many`."""
+
+    model: str
+    beam_width: int | None
+    hypothesis_count: int | None
+    length_penalty: float | None
+    max_new_token_count: int | None
+    timeout_s: float
+
+
+def sources(arguments: Sequence[str]) -> list[Source]:
+    """The pictures by the names they were given; raises BadParameter before anything is sent."""
+    if arguments.count("-") > 1:
+        raise typer.BadParameter("stdin ('-') can be read only once", param_hint="IMAGE")
+    for argument in arguments:
+        if argument != "-" and not os.path.isfile(argument):
+            what = "is a directory" if os.path.isdir(argument) else "does not exist"
+            raise typer.BadParameter(f"{argument!r} {what}", param_hint="IMAGE")
+        if argument != "-" and not os.access(argument, os.R_OK):
+            raise typer.BadParameter(f"{argument!r} cannot be read", param_hint="IMAGE")
+    return [(argument, sys.stdin.buffer.read() if argument == "-" else argument) for argument in arguments]
+
+
+def run(
+    client: Client,
+    images: Sequence[Source],
+    options: Options,
+    *,
+    alternatives: int | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Read and print; raises InkwellError for one image, typer.Exit(1) when some of several failed."""
+    show = _Printer(alternatives=alternatives, as_json=as_json, name_files=len(images) > 1)
+    if len(images) == 1:
+        name, source = images[0]
+        try:
+            reading, started = _read_one(client, source, options, quiet=quiet)
+        except InkwellError as error:
+            show.failure_line(name, error)
+            raise
+        show.reading(name, reading, started)
+    elif _read_many(client, images, options, show, quiet=quiet):
+        raise typer.Exit(report.Exit.FAILED)
+
+
+class _Printer:
+    def __init__(self, *, alternatives: int | None, as_json: bool, name_files: bool) -> None:
+        self._alternatives = alternatives
+        self._as_json = as_json
+        self._name_files = name_files
+
+    def reading(self, name: str, reading: types.Reading, started: types.Started | None) -> None:
+        if self._as_json:
+            report.json_line(_as_json(name, reading, started))
+            return
+        prefix = f"{name}\t" if self._name_files else ""
+        if self._alternatives is None:
+            report.line(prefix + reading.text)
+        else:
+            for each in reading.hypotheses:
+                report.line(f"{prefix}{each.confidence:.4f}\t{each.text}")
+        if reading.truncated:
+            report.note(f"{name}: stopped at the token limit, the text may go on; --max-tokens allows more")
+
+    def failure(self, name: str, error: InkwellError) -> None:
+        self.failure_line(name, error)
+        report.explain(error, subject=name)
+
+    def failure_line(self, name: str, error: InkwellError) -> None:
+        if self._as_json:
+            report.json_line({"file": name, "error": report.error_as_json(error)})
+
+
+def _as_json(name: str, reading: types.Reading, started: types.Started | None) -> dict[str, Any]:
+    served_by: dict[str, str] = {"model": reading.model}
+    if started is not None:
+        served_by |= {"hardware": started.hardware, "runtime": started.runtime}
+    return {
+        "file": name,
+        "text": reading.text,
+        "confidence": reading.confidence,
+        "log_probability": reading.log_probability,
+        "truncated": reading.truncated,
+        "tokens": [dataclasses.asdict(token) for token in reading.tokens],
+        "alternatives": [
+            {name: getattr(each, name) for name in ("text", "confidence", "log_probability", "score")}
+            for each in reading.alternatives
+        ],
+        "timing": dataclasses.asdict(reading.timing),
+        "served_by": served_by,
+    }
+
+
+def _read_one(
+    client: Client, source: types.ImageSource, options: Options, *, quiet: bool
+) -> tuple[types.Reading, types.Started | None]:
+    started: types.Started | None = None
+    reading: types.Reading | None = None
+    with terminal.live(quiet=quiet) as live:
+        for event in client.read_stream(source, **options):
+            match event:
+                case types.Queued():
+                    live.update(terminal.status(f"queued, {event.position} before this one"))
+                case types.Started():
+                    started = event
+                    live.update(terminal.status(f"{event.model} on {event.hardware} ({event.runtime})"))
+                case types.Partial():
+                    growing = Text(event.text + "▌", overflow="fold")
+                    live.update(Group(terminal.status(f"{event.token_count} tokens"), growing))
+                case types.ReadResult():
+                    reading = event.reading
+    assert reading is not None
+    return reading, started
+
+
+def _read_many(client: Client, images: Sequence[Source], options: Options, show: _Printer, *, quiet: bool) -> int:
+    """Print in the order given; answers how many failed."""
+    # Answers come in any order and names may repeat, so they are joined by position.
+    numbered: list[BatchItem] = [(str(position), source) for position, (_, source) in enumerate(images)]
+    ready: dict[int, types.Reading | InkwellError] = {}
+    failed = 0
+
+    def print_ready(position: int) -> None:
+        nonlocal failed
+        outcome = ready.pop(position)
+        if isinstance(outcome, InkwellError):
+            failed += 1
+            show.failure(images[position][0], outcome)
+        else:
+            show.reading(images[position][0], outcome, None)
+
+    position = 0
+    with terminal.live(quiet=quiet) as live:
+        try:
+            for count, (number, outcome) in enumerate(client.read_many(numbered, **options), start=1):
+                ready[int(number)] = outcome
+                while position in ready:
+                    print_ready(position)
+                    position += 1
+                live.update(terminal.bar(count, len(images), "read"))
+        finally:  # what was read before the stream broke is not lost
+            for left in sorted(ready):
+                print_ready(left)
+    return failed
