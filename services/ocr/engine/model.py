@@ -1,0 +1,154 @@
+"""One model as the service reads with it: networks, image processor, tokenizer and generation config of its folder."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+from tokenizers.decoders import DecodeStream
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoTokenizer, GenerationConfig
+from transformers.generation import logits_process as processing
+
+from services.ocr.domain import BEAM_WIDTH_MOST, LENGTH_PENALTY_MOST, Decoding, Line, ModelInfo
+from services.ocr.engine.search import EarlyStopping
+from services.ocr.settings import Settings
+from services.runtimes import checkpoints, torch_trocr
+from services.runtimes.checkpoints import CheckpointError
+from services.runtimes.hardware import Hardware
+
+# Scores [rows, vocabulary] of rows that all hold the same number of tokens [rows, tokens] -> scores to rank by.
+Ruling = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class ReadingModel:
+    """A loaded model. `info` is what callers see of it."""
+
+    info: ModelInfo
+    networks: torch_trocr.TrocrModel
+    start_id: int
+    eos_ids: frozenset[int]
+    early_stopping: EarlyStopping
+    generation: GenerationConfig
+    processor: Any
+    tokenizer: Any
+
+    def prepare(self, lines: Sequence[Line]) -> Tensor:
+        """The model's own preprocessing; answers float [lines, channels, height, width]."""
+        mode = "L" if self.networks.channels == 1 else "RGB"
+        images = [Image.frombytes("RGB", (line.width, line.height), line.pixels).convert(mode) for line in lines]
+        pixels: Tensor = self.processor(images, return_tensors="pt")["pixel_values"]
+        return pixels
+
+    def text(self, ids: Sequence[int]) -> str:
+        """What the tokenizer makes of the tokens, special ones skipped."""
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """What each token adds to the text."""
+        stream = DecodeStream(skip_special_tokens=True)
+        return [stream.step(self.tokenizer.backend_tokenizer, token) or "" for token in ids]
+
+    def ruling(self, decoding: Decoding) -> Ruling | None:
+        """What the folder's generation config rules out or forces while decoding, None for nothing.
+
+        The order is the library's own. The token rows that a ruling is given begin with the start token.
+        """
+        config = self.generation
+        eos = sorted(self.eos_ids)
+        rules = processing.LogitsProcessorList()
+        if config.repetition_penalty not in (None, 1.0):
+            rules.append(processing.RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
+        if config.no_repeat_ngram_size:
+            rules.append(processing.NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
+        if config.bad_words_ids:
+            rules.append(processing.NoBadWordsLogitsProcessor(config.bad_words_ids, eos))
+        if config.min_length and eos:
+            rules.append(processing.MinLengthLogitsProcessor(config.min_length, eos))
+        if config.min_new_tokens and eos:
+            rules.append(processing.MinNewTokensLengthLogitsProcessor(1, config.min_new_tokens, eos))
+        if config.forced_bos_token_id is not None:
+            rules.append(processing.ForcedBOSTokenLogitsProcessor(config.forced_bos_token_id))
+        if config.forced_eos_token_id is not None:
+            rules.append(
+                processing.ForcedEOSTokenLogitsProcessor(decoding.max_new_token_count + 1, config.forced_eos_token_id)
+            )
+        if config.suppress_tokens:
+            rules.append(processing.SuppressTokensLogitsProcessor(config.suppress_tokens))
+        if config.begin_suppress_tokens:
+            begin = 1 if config.forced_bos_token_id is None else 2
+            rules.append(processing.SuppressTokensAtBeginLogitsProcessor(config.begin_suppress_tokens, begin))
+        return rules or None
+
+
+def load(name: str, source: str, settings: Settings, hardware: Hardware) -> ReadingModel:
+    """Load a TrOCR-style folder or hub repository; raises CheckpointError with what is wrong with it."""
+    checkpoint = checkpoints.resolve(source)
+    dtype = torch_trocr.choose_dtype(settings.dtype, hardware)
+    device = hardware.device if settings.device == "auto" else settings.device
+    model = torch_trocr.load(
+        checkpoint, device=device, dtype=dtype, allow_pickled_weights=settings.allow_pickled_weights
+    )
+    networks = torch_trocr.TrocrModel(model)
+    origin = {"revision": checkpoint.revision or "main", "trust_remote_code": False}
+    try:
+        processor = AutoImageProcessor.from_pretrained(checkpoint.location, backend="pil", **origin)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.location, **origin)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{source}: its image processor or tokenizer cannot be loaded: {error}") from error
+    if not tokenizer.is_fast:
+        raise CheckpointError(f"{source}: its tokenizer has no tokenizer.json; save it once as a fast tokenizer")
+
+    generation = model.generation_config
+    start_id = generation.decoder_start_token_id
+    if start_id is None:
+        start_id = generation.bos_token_id
+    eos = generation.eos_token_id
+    if start_id is None or eos is None:
+        raise CheckpointError(f"{source}: its generation config names no decoder_start_token_id or eos_token_id")
+    same_device = device.partition(":")[0] == hardware.device.partition(":")[0]
+    limit = min(networks.position_limit, settings.max_new_token_limit)
+    loaded = ReadingModel(
+        info=ModelInfo(
+            name=name,
+            hardware=hardware.label if same_device else device.partition(":")[0],
+            runtime="torch",
+            dtype=str(networks.dtype).removeprefix("torch."),
+            parameter_count=networks.parameter_count,
+            default_decoding=_default_decoding(generation, settings.default_max_new_token_count, limit),
+            max_new_token_limit=limit,
+            is_default=name == settings.default_model_name,
+        ),
+        networks=networks,
+        start_id=start_id,
+        eos_ids=frozenset(eos if isinstance(eos, list) else [eos]),
+        early_stopping=generation.early_stopping or False,
+        generation=generation,
+        processor=processor,
+        tokenizer=tokenizer,
+    )
+    _check_fixed_size(loaded, source)
+    return loaded
+
+
+def _default_decoding(generation: GenerationConfig, usual_length: int, limit: int) -> Decoding:
+    width = min(max(generation.num_beams or 1, 1), BEAM_WIDTH_MOST)
+    penalty = 1.0 if generation.length_penalty is None else float(generation.length_penalty)
+    length = generation.max_new_tokens
+    if length is None and generation.max_length is not None:
+        length = generation.max_length - 1  # the start token counts there
+    return Decoding(
+        beam_width=width,
+        hypothesis_count=min(max(generation.num_return_sequences or 1, 1), width),
+        length_penalty=min(max(penalty, -LENGTH_PENALTY_MOST), LENGTH_PENALTY_MOST),
+        max_new_token_count=max(1, min(usual_length if length is None else length, limit)),
+    )
+
+
+def _check_fixed_size(model: ReadingModel, source: str) -> None:
+    """Images share batches, so the processor must bring all of them to one size."""
+    shapes = {tuple(model.prepare([Line(w, h, bytes(w * h * 3))]).shape[1:]) for w, h in ((64, 16), (40, 50))}
+    if len(shapes) > 1:
+        raise CheckpointError(f"{source}: its image processor answers different sizes for different images: {shapes}")

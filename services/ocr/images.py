@@ -1,0 +1,206 @@
+"""Encoded bytes to one RGB line. Runs in the front process on Pillow alone.
+
+Only five formats are ever handed to a decoder. Limits are checked on the header, before any pixel is decoded.
+"""
+
+import io
+import math
+import struct
+import warnings
+from dataclasses import dataclass
+
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+from services.kit.faults import Fault, invalid_field, too_large
+from services.ocr.domain import Line
+
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")
+ACCEPTED = "PNG, JPEG, WebP, TIFF or BMP"
+FIELD = "image.content"
+
+# The limits below are stricter and name the field; Pillow's own would only add warnings and errors of its own.
+Image.MAX_IMAGE_PIXELS = None
+# Pillow warns about odd metadata in files of strangers; none of it is for our log.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\..*")
+
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an image may be: encoded bytes, pixels (width x height), smallest side in pixels."""
+
+    max_bytes: int
+    max_pixels: int
+    min_side: int
+
+
+def check_size(content: bytes, limits: Limits) -> None:
+    """Raise Fault for an empty image or one with too many encoded bytes; looks at the length only."""
+    if not content:
+        raise invalid_field(FIELD, f"it is empty; send the bytes of one {ACCEPTED} file", reason="IMAGE_EMPTY")
+    if len(content) > limits.max_bytes:
+        raise too_large(
+            FIELD,
+            "IMAGE_TOO_LARGE",
+            f"{len(content)} bytes are more than the limit of {limits.max_bytes}",
+            size_bytes=len(content),
+            limit_bytes=limits.max_bytes,
+        )
+
+
+def decode(content: bytes, limits: Limits) -> Line:
+    """Decode one image into 8-bit RGB, upright by its EXIF orientation, transparency laid on white.
+
+    Of a file with several frames the first is taken. 16-bit and floating-point grey is scaled to 8 bits. Raises Fault
+    (INVALID_ARGUMENT or TOO_LARGE) with field `image.content` for anything that is not a whole image within `limits`.
+    """
+    check_size(content, limits)
+    image = _open(content)
+    _check_dimensions(image.size, limits)
+    kind = image.format or "image"
+    try:
+        image.load()
+    except Exception as error:  # noqa: BLE001 - decoders raise whatever they meet in a damaged file
+        raise _damaged(kind, error) from None
+    try:
+        line = _to_rgb(_upright(image))
+    except (ValueError, KeyError):
+        raise invalid_field(
+            FIELD,
+            f"colour mode {image.mode} is not readable; save the image as 8-bit grey or RGB",
+            reason="IMAGE_MODE_UNSUPPORTED",
+        ) from None
+    return Line(line.width, line.height, line.tobytes())
+
+
+def _open(content: bytes) -> ImageFile.ImageFile:
+    try:
+        return Image.open(io.BytesIO(content), formats=FORMATS)
+    except UnidentifiedImageError:
+        kind = _signature(content)
+        if kind is None:
+            raise invalid_field(
+                FIELD, f"it is not an image that can be read; accepted: {ACCEPTED}", reason="IMAGE_NOT_RECOGNISED"
+            ) from None
+        size = _declared_size(kind, content)
+        if size is not None and 0 in size:
+            raise invalid_field(
+                FIELD,
+                f"the {kind} is {size[0]}x{size[1]} pixels; both sides must be above 0",
+                reason="IMAGE_TOO_SMALL",
+            ) from None
+        raise _damaged(kind, None) from None
+    except Exception as error:  # noqa: BLE001 - a header can be broken in any way
+        raise _damaged(_signature(content) or "image", error) from None
+
+
+def _check_dimensions(size: tuple[int, int], limits: Limits) -> None:
+    width, height = size
+    if width * height > limits.max_pixels:
+        raise too_large(
+            FIELD,
+            "IMAGE_TOO_MANY_PIXELS",
+            f"{width}x{height} pixels are {width * height}, more than the limit of {limits.max_pixels};"
+            " scale the image down",
+            width=width,
+            height=height,
+            limit_pixels=limits.max_pixels,
+        )
+    if min(width, height) < limits.min_side:
+        raise invalid_field(
+            FIELD,
+            f"{width}x{height} pixels are too few; each side must be at least {limits.min_side}",
+            reason="IMAGE_TOO_SMALL",
+            width=width,
+            height=height,
+            min_side=limits.min_side,
+        )
+
+
+def _damaged(kind: str, error: Exception | None) -> Fault:
+    cut = error is not None and ("truncated" in str(error).lower() or isinstance(error, EOFError))
+    what = "ends too early" if cut else "is damaged and cannot be decoded"
+    return invalid_field(
+        FIELD,
+        f"the {kind} {what}; send the whole file",
+        reason="IMAGE_TRUNCATED" if cut else "IMAGE_DAMAGED",
+    )
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception:  # noqa: BLE001 - a broken EXIF block does not make the pixels unreadable
+        return image
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _grey_to_8_bit(image).convert("RGB")
+    if image.has_transparency_data:
+        # Premultiplied and palette modes only convert to RGBA, and from there lie on white like any other.
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _grey_to_8_bit(image: Image.Image) -> Image.Image:
+    """Scale wide grey to 0–255: 16-bit by its range, other types by the smallest usual range that holds the values."""
+    sixteen_bit = image.mode.startswith("I;16")
+    wide = image if image.mode in ("I", "F") else image.convert("I")
+    low, high = (float(extreme) for extreme in wide.getextrema())  # type: ignore[arg-type]  # one band, two numbers
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise invalid_field(FIELD, "it has pixels that are not finite numbers", reason="IMAGE_DAMAGED")
+    if sixteen_bit:
+        scale, offset = 255 / 65535, 0.0
+    elif image.mode == "F" and low >= 0 and high <= 1:
+        scale, offset = 255.0, 0.0
+    elif low >= 0 and high <= 255:
+        scale, offset = 1.0, 0.0
+    elif low >= 0 and high <= 65535:
+        scale, offset = 255 / 65535, 0.0
+    else:
+        scale = 255 / (high - low) if high > low else 0.0
+        offset = -low * scale
+    # Through F, because an integer image would round the scale's steps towards zero.
+    return wide.convert("F").point(lambda value: value * scale + offset + 0.5).convert("L")
+
+
+def _signature(content: bytes) -> str | None:
+    if content.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG"
+    if content.startswith(b"\xff\xd8\xff"):
+        return "JPEG"
+    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
+        return "WebP"
+    if content[:4] in (b"II*\x00", b"MM\x00*"):
+        return "TIFF"
+    if content.startswith(b"BM"):
+        return "BMP"
+    return None
+
+
+def _declared_size(kind: str, content: bytes) -> tuple[int, int] | None:
+    """Width and height by the header of a PNG or BMP that Pillow does not take for one, such as 0x64."""
+    try:
+        if kind == "PNG":
+            return struct.unpack_from(">II", content, 16)
+        if kind == "BMP":
+            return struct.unpack_from("<ii", content, 18)
+    except struct.error:
+        pass
+    return None

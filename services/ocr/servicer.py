@@ -1,0 +1,234 @@
+"""The gRPC surface of the OCR service: validate, admit, decode the image, submit, stream back."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import grpc
+import msgspec
+import structlog
+from prometheus_client import Counter, Histogram
+
+from inkwell.ocr.v1 import ocr_pb2, ocr_pb2_grpc
+from services.kit import errors, faults
+from services.kit.admission import Priority
+from services.kit.call import label_call, priority_of, time_left
+from services.kit.engine_api import Accepted, Finished, Update
+from services.kit.engine_host import EngineHost, HostEvent, Job, Queued
+from services.kit.faults import Fault
+from services.kit.metrics import Metrics
+from services.ocr import converters, images
+from services.ocr.domain import EngineInfo, ModelInfo, Partial, ReadJob, Recognition
+from services.ocr.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+_BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+class OcrMetrics:
+    """What this service counts besides the kit's metrics."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.tokens = Counter(
+            "inkwell_decode_tokens", "Tokens decoded, over all beams.", ["model"], registry=metrics.registry
+        )
+        self.batch_size = Histogram(
+            "inkwell_batch_size",
+            "Decoder rows that shared a call's steps, on average over the call.",
+            ["model"],
+            buckets=_BATCH_BUCKETS,
+            registry=metrics.registry,
+        )
+
+
+@dataclass(frozen=True)
+class _Caller:
+    """What a call's metadata and deadline say."""
+
+    priority: Priority
+    context: grpc.aio.ServicerContext
+
+
+class OcrServicer(ocr_pb2_grpc.OcrServiceServicer):
+    """Implements inkwell.ocr.v1.OcrService on an engine host. `close` it after the server has ended its last call."""
+
+    def __init__(self, host: EngineHost, settings: Settings, metrics: Metrics) -> None:
+        self._host = host
+        self._settings = settings
+        self._metrics = OcrMetrics(metrics)
+        self._limits = images.Limits(settings.max_image_bytes, settings.max_image_pixels, settings.min_image_side)
+        # Bounded, so that a flood of large images cannot take every core from the engine.
+        self._decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="image")
+
+    def close(self) -> None:
+        """Let go of the decoding threads."""
+        self._decoders.shutdown(wait=False, cancel_futures=True)
+
+    async def Recognize(
+        self, request: ocr_pb2.RecognizeRequest, context: grpc.aio.ServicerContext
+    ) -> ocr_pb2.RecognizeResponse:
+        caller = _Caller(priority_of(context), context)
+        return ocr_pb2.RecognizeResponse(recognition=await self._read_once(request, caller))
+
+    async def StreamRecognize(
+        self, request: ocr_pb2.StreamRecognizeRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[ocr_pb2.StreamRecognizeResponse]:
+        caller = _Caller(priority_of(context), context)
+        sequence = 0
+        async with self._admitted(request, caller, partials=True) as (model, job):
+            # Only now: a refusal that comes without headers may be retried by the client's own policy.
+            await context.send_initial_metadata(())
+            async for event in job:
+                response = self._stream_response(event, model, job)
+                sequence += 1
+                response.sequence = sequence
+                yield response
+
+    async def BatchRecognize(
+        self, requests: AsyncIterator[ocr_pb2.BatchRecognizeRequest], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[ocr_pb2.BatchRecognizeResponse]:
+        caller = _Caller(priority_of(context), context)
+        if not self._host.ready:
+            raise _not_ready()  # the whole stream, so that it can be sent elsewhere
+        await context.send_initial_metadata(())
+        answers: asyncio.Queue[ocr_pb2.BatchRecognizeResponse | None] = asyncio.Queue()
+        # The next item is taken off the stream only when one before it was answered and the answer taken, so that
+        # HTTP/2 flow control reaches a client that sends faster than lines are read, or does not listen.
+        places = asyncio.Semaphore(self._settings.batch_in_flight)
+        feeding = asyncio.create_task(self._feed(requests, caller, places, answers))
+        sequence = 0
+        try:
+            while (answer := await answers.get()) is not None:
+                sequence += 1
+                answer.sequence = sequence
+                yield answer
+                places.release()
+            await feeding  # raises what went wrong with the stream itself
+        finally:
+            feeding.cancel()
+            await asyncio.gather(feeding, return_exceptions=True)
+
+    async def ListModels(
+        self, request: ocr_pb2.ListModelsRequest, context: grpc.aio.ServicerContext
+    ) -> ocr_pb2.ListModelsResponse:
+        if self._host.info is None:
+            return converters.loading_models(list(self._settings.models), self._settings.default_model_name)
+        return converters.models(self._engine_info(), ready=self._host.ready)
+
+    # --- one line ---
+
+    async def _read_once(self, request: converters.ReadRequest, caller: _Caller) -> ocr_pb2.Recognition:
+        async with self._admitted(request, caller, partials=False) as (model, job):
+            async for event in job:
+                if isinstance(event, Finished):
+                    return self._recognition(event, model, job)
+        raise faults.internal("the engine ended a call without a result")
+
+    @contextlib.asynccontextmanager
+    async def _admitted(
+        self, request: converters.ReadRequest, caller: _Caller, *, partials: bool
+    ) -> AsyncIterator[tuple[ModelInfo, Job]]:
+        """Validate, take a place in the queue, decode the image, and start; leaving early cancels the job."""
+        info = self._engine_info()
+        model = converters.model_of(request, info)
+        label_call(model=model.name, hardware=model.hardware)
+        decoding = converters.decoding_of(request.decoding, model)
+        content = request.image.content
+        images.check_size(content, self._limits)
+        job = self._host.admit(
+            priority=caller.priority, time_left_s=time_left(caller.context), cost=float(decoding.beam_width)
+        )
+        async with job:
+            loop = asyncio.get_running_loop()
+            line = await loop.run_in_executor(self._decoders, images.decode, content, self._limits)
+            job.start(ReadJob(model.name, line, decoding, partials))
+            yield model, job
+
+    def _stream_response(self, event: HostEvent, model: ModelInfo, job: Job) -> ocr_pb2.StreamRecognizeResponse:
+        match event:
+            case Queued(position):
+                return converters.queued(position)
+            case Accepted():
+                return converters.started(model)
+            case Update(payload=payload):
+                return converters.partial(msgspec.msgpack.decode(payload, type=Partial))
+            case Finished():
+                return converters.result(self._recognition(event, model, job))
+
+    def _recognition(self, event: Finished, model: ModelInfo, job: Job) -> ocr_pb2.Recognition:
+        read = msgspec.msgpack.decode(event.payload, type=Recognition)
+        self._metrics.tokens.labels(model.name).inc(read.decoded_token_count)
+        self._metrics.batch_size.labels(model.name).observe(read.mean_batch_rows)
+        return converters.recognition(read, model, queue_ms=job.queue_ms, engine_ms=job.engine_ms)
+
+    def _engine_info(self) -> EngineInfo:
+        if self._host.info is None:
+            raise _not_ready()
+        return msgspec.msgpack.decode(self._host.info, type=EngineInfo)
+
+    # --- many lines ---
+
+    async def _feed(
+        self,
+        requests: AsyncIterator[ocr_pb2.BatchRecognizeRequest],
+        caller: _Caller,
+        places: asyncio.Semaphore,
+        answers: "asyncio.Queue[ocr_pb2.BatchRecognizeResponse | None]",
+    ) -> None:
+        """Read items as places become free; puts an answer for each, and None when there will be no more."""
+        seen: set[str] = set()
+        tasks: set[asyncio.Task[None]] = set()
+
+        async def item(request: ocr_pb2.BatchRecognizeRequest) -> None:
+            answers.put_nowait(await self._answer(request, caller, seen))
+
+        try:
+            try:
+                await places.acquire()
+                count = 0
+                async for request in requests:
+                    count += 1
+                    self._check_item_count(count)
+                    task = asyncio.create_task(item(request))
+                    tasks.add(task)
+                    task.add_done_callback(tasks.discard)
+                    await places.acquire()
+            except Fault:
+                # The stream is broken off, and what was taken in before is answered all the same.
+                await asyncio.gather(*tasks)
+                raise
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            answers.put_nowait(None)
+
+    def _check_item_count(self, count: int) -> None:
+        limit = self._settings.batch_item_limit
+        if count > limit:
+            raise faults.too_large(
+                "requests", "TOO_MANY_ITEMS", f"a stream may have {limit} items; open another for the rest", limit=limit
+            )
+
+    async def _answer(
+        self, request: ocr_pb2.BatchRecognizeRequest, caller: _Caller, seen: set[str]
+    ) -> ocr_pb2.BatchRecognizeResponse:
+        try:
+            converters.check_item_id(request.id, seen)
+            return converters.item_result(request.id, await self._read_once(request, caller))
+        except Fault as fault:
+            return converters.item_error(request.id, errors.to_status(fault))
+        except Exception:
+            log.exception("batch item failed")
+            defect = faults.internal("a defect of the service; its log has more")
+            return converters.item_error(request.id, errors.to_status(defect))
+
+
+def _not_ready() -> Fault:
+    return faults.unavailable(
+        "ENGINE_NOT_READY", "the engine is loading its models; retry shortly", retry_after_ms=2000
+    )
