@@ -1,0 +1,88 @@
+"""`python -m services.gateway [--config FILE]`: one address in front of every pool of every service."""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import pydantic
+
+from inkwell.gateway.v1 import gateway_pb2, gateway_pb2_grpc
+from services.gateway import config as configuration
+from services.gateway.config import ConfigError, GatewayConfig
+from services.gateway.discovery import Resolver, resolve_host
+from services.gateway.endpoint import ChannelOptions
+from services.gateway.methods import FULL_NAMES
+from services.gateway.metrics import GatewayMetrics
+from services.gateway.pools import Fleet
+from services.gateway.proxy import Proxy
+from services.gateway.routed import Routing
+from services.gateway.servicer import GatewayServicer
+from services.gateway.settings import Settings
+from services.kit.metrics import Metrics
+from services.kit.server import READINESS, Health, ServiceServer, run
+
+
+def build(settings: Settings) -> ServiceServer:
+    """The gateway's server, with the pools of the file that the settings name; raises ConfigError."""
+    return assemble(settings, make_fleet(settings, configuration.load(settings.config)))
+
+
+def make_fleet(settings: Settings, config: GatewayConfig, *, resolver: Resolver = resolve_host) -> Fleet:
+    """The pools of a configuration, with connections as the settings say."""
+    return Fleet(
+        config,
+        options=ChannelOptions(settings.connect_timeout_s, settings.keepalive_time_s, settings.keepalive_timeout_s),
+        resolver=resolver,
+        resolve_interval_s=settings.resolve_interval_s,
+    )
+
+
+def assemble(settings: Settings, fleet: Fleet) -> ServiceServer:
+    """A server in front of the fleet, which runs while the server does."""
+    metrics = Metrics("gateway")
+    routing = Routing(fleet, settings, GatewayMetrics(metrics.registry, fleet))
+    own_name = gateway_pb2.DESCRIPTOR.services_by_name["GatewayService"].full_name
+
+    def register(server: grpc.aio.Server) -> list[str]:
+        gateway_pb2_grpc.add_GatewayServiceServicer_to_server(GatewayServicer(fleet), server)
+        server.add_generic_rpc_handlers((Proxy(routing),))
+        return [own_name, *FULL_NAMES.values()]
+
+    @contextlib.asynccontextmanager
+    async def lifespan(health: Health) -> AsyncIterator[None]:
+        def changed() -> None:
+            ready = fleet.ready()
+            metrics.ready.set(ready)
+            for name in ("", READINESS):
+                health.set(name, ready)
+            for name, full_name in FULL_NAMES.items():
+                health.set(full_name, fleet.ready(name))
+
+        health.set(own_name, True)
+        fleet.on_change = changed
+        changed()
+        async with fleet.running():
+            yield
+
+    return ServiceServer("gateway", settings, metrics=metrics, host=None, register=register, lifespan=lifespan)
+
+
+def main() -> None:
+    """Serve until SIGTERM or SIGINT. A wrong setting or configuration file ends with 2 and says what is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m services.gateway", description=__doc__)
+    parser.add_argument("--config", type=Path, help="the file that names the pools (or INKWELL_GATEWAY_CONFIG)")
+    arguments = parser.parse_args()
+    try:
+        settings = Settings() if arguments.config is None else Settings(config=arguments.config)
+        server = build(settings)
+    except (ConfigError, pydantic.ValidationError) as error:
+        print(f"gateway: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    run(server)
+
+
+if __name__ == "__main__":
+    main()

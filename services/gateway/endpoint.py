@@ -1,0 +1,198 @@
+"""One address that serves calls: its channel, its health, and its load as this gateway sees it."""
+
+import asyncio
+import enum
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import structlog
+from grpc_health.v1 import health_pb2
+
+from services.gateway.metadata import ENDPOINT_KEY, HARDWARE_KEY, POOL_KEY, Metadata
+from services.gateway.methods import Method
+
+log = structlog.get_logger(__name__)
+
+_WATCH = "/grpc.health.v1.Health/Watch"
+_READINESS = health_pb2.HealthCheckRequest(service="readiness")
+_RECONNECT_FIRST_S = 0.1
+_RECONNECT_MOST_S = 2.0
+
+
+class State(enum.StrEnum):
+    """Whether an endpoint is given calls; as in gateway.proto."""
+
+    CONNECTING = "connecting"  # not reached yet
+    READY = "ready"
+    NOT_READY = "not_ready"  # reached, and says so: loading, or draining
+    UNREACHABLE = "unreachable"
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelOptions:
+    """How channels to endpoints are made; times in seconds."""
+
+    connect_timeout_s: float = 3.0
+    keepalive_time_s: float = 20.0
+    keepalive_timeout_s: float = 5.0
+
+    def arguments(self) -> list[tuple[str, int]]:
+        """As grpc wants them."""
+        return [
+            # Retries are ours, elsewhere; and what comes in was measured against our own limit.
+            ("grpc.enable_retries", 0),
+            ("grpc.max_receive_message_length", -1),
+            ("grpc.max_send_message_length", -1),
+            # A connection each, so that the backoff of one pool is not that of another.
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.initial_reconnect_backoff_ms", int(_RECONNECT_FIRST_S * 1000)),
+            ("grpc.max_reconnect_backoff_ms", int(_RECONNECT_MOST_S * 1000)),
+            ("grpc.min_reconnect_backoff_ms", int(self.connect_timeout_s * 1000)),
+            ("grpc.keepalive_time_ms", int(self.keepalive_time_s * 1000)),
+            ("grpc.keepalive_timeout_ms", int(self.keepalive_timeout_s * 1000)),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.max_pings_without_data", 0),
+            # An endpoint is a machine of our own network, never behind the proxy of the environment.
+            ("grpc.enable_http_proxy", 0),
+        ]
+
+
+class Endpoint:
+    """One address of one pool. Made and used on one event loop.
+
+    on_change: called with the endpoint after its state changed.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        pool: str,
+        hardware: str,
+        options: ChannelOptions,
+        on_change: Callable[["Endpoint"], None],
+    ) -> None:
+        self.address = address
+        self.pool = pool
+        self.hardware = hardware
+        self.state = State.CONNECTING
+        self.in_flight = 0
+        self.calls = 0
+        self.unavailable = 0
+        self.last_error = ""
+        self.turn = 0  # when it was chosen last, in choices; the smallest is longest ago
+        # What a reply's header says of who served it.
+        self.served: Metadata = ((POOL_KEY, pool), (ENDPOINT_KEY, address), (HARDWARE_KEY, hardware))
+        self._on_change = on_change
+        self._channel = grpc.aio.insecure_channel(address, options=options.arguments())
+        self._stubs: dict[str, Any] = {}
+        self._watching: asyncio.Task[None] | None = None
+        self._ending: set[asyncio.Task[None]] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def start(self) -> None:
+        """Begin to follow the endpoint's readiness."""
+        self._watching = asyncio.create_task(self._watch(), name=f"watch {self.pool} {self.address}")
+
+    async def close(self) -> None:
+        """Stop following it and close the connection; calls still under way there are cancelled."""
+        if self._watching is not None:
+            self._watching.cancel()
+            self._ending.add(self._watching)
+        await asyncio.gather(*self._ending, return_exceptions=True)
+        await self._channel.close()
+
+    async def drained(self) -> None:
+        """Return when no call of ours is under way there."""
+        await self._idle.wait()
+
+    def stub(self, method: Method) -> Any:
+        """The multicallable of a method, bytes in and bytes out."""
+        stub = self._stubs.get(method.path)
+        if stub is None:
+            kind = ("unary", "stream")
+            make = getattr(self._channel, f"{kind[method.request_streaming]}_{kind[method.response_streaming]}")
+            stub = make(method.path)
+            if not method.label.endswith("/other"):  # paths that callers make up are not kept
+                self._stubs[method.path] = stub
+        return stub
+
+    def begin(self, turn: int) -> None:
+        """Count a call in; every `begin` is followed by one `end`."""
+        self.turn = turn
+        self.calls += 1
+        self.in_flight += 1
+        self._idle.clear()
+
+    def end(self) -> None:
+        """Count a call out."""
+        self.in_flight -= 1
+        if self.in_flight == 0:
+            self._idle.set()
+
+    def failed(self, message: str, *, said_by_server: bool) -> None:
+        """Note a call that ended in UNAVAILABLE.
+
+        said_by_server: False if nothing in the error comes from the server itself. If the connection is then really
+        gone, the endpoint is unreachable from now on, before the watch finds out.
+        """
+        self.unavailable += 1
+        self.last_error = message
+        if said_by_server or self.state is not State.READY:
+            return
+        if self._channel.get_state() is not grpc.ChannelConnectivity.READY:
+            self._set(State.UNREACHABLE, message)
+            self._watch_anew()
+
+    def _watch_anew(self) -> None:
+        # The old watch may not notice: only some of its connection's streams were cut.
+        if self._watching is not None:
+            old = self._watching
+            old.cancel()
+            self._ending.add(old)
+            old.add_done_callback(self._ending.discard)
+            self.start()
+
+    async def _watch(self) -> None:
+        watch = self._channel.unary_stream(
+            _WATCH,
+            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )
+        delay = _RECONNECT_FIRST_S
+        # The first try fails fast and says why; later ones wait for the connection, so that they are there with it.
+        patient = False
+        while True:
+            try:
+                async for answer in watch(_READINESS, wait_for_ready=patient):
+                    delay = _RECONNECT_FIRST_S
+                    if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                        self._set(State.READY)
+                    else:
+                        name = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+                        self._set(State.NOT_READY, f"readiness is {name}")
+                self._set(State.NOT_READY, "it ended the health watch")
+                patient = False
+            except grpc.aio.AioRpcError as error:
+                details = f"{error.code().name}: {error.details()}"
+                if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                    self._set(State.NOT_READY, "it has no grpc.health.v1 service to ask")
+                else:
+                    self._set(State.UNREACHABLE, details)
+                patient = not patient
+            # Spread, so that gateways do not come back all at once.
+            await asyncio.sleep(delay * random.uniform(0.8, 1.2))
+            delay = min(delay * 2, _RECONNECT_MOST_S)
+
+    def _set(self, state: State, error: str = "") -> None:
+        if error:
+            self.last_error = error
+        if state is self.state:
+            return
+        log.info("endpoint", pool=self.pool, address=self.address, state=state.value, error=error or None)
+        self.state = state
+        self._on_change(self)

@@ -1,0 +1,53 @@
+"""What an endpoint that failed a call says about trying again."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
+
+from services.gateway.metadata import DETAILS_KEY, PUSHBACK_KEY, Pair
+
+
+@dataclass(frozen=True, slots=True)
+class RetryWish:
+    """allowed: False if the endpoint asks not to retry. delay_s: wait this long before asking it again, if it said."""
+
+    allowed: bool
+    delay_s: float | None
+
+
+_NOTHING_SAID = RetryWish(allowed=True, delay_s=None)
+
+
+def wish(trailing: Iterable[Pair]) -> RetryWish:
+    """Read `grpc-retry-pushback-ms`, else google.rpc.RetryInfo, from an error's trailers.
+
+    As gRPC has it, a pushback that is negative or not a number forbids the retry. Pushback goes before RetryInfo.
+    """
+    found = dict(trailing)
+    pushback = found.get(PUSHBACK_KEY)
+    if pushback is not None:
+        try:
+            delay_ms = int(pushback)
+        except ValueError:
+            delay_ms = -1
+        return RetryWish(False, None) if delay_ms < 0 else RetryWish(True, delay_ms / 1000)
+    details = found.get(DETAILS_KEY)
+    if not isinstance(details, bytes):
+        return _NOTHING_SAID
+    try:
+        status = status_pb2.Status.FromString(details)
+        for detail in status.details:
+            info = error_details_pb2.RetryInfo()
+            if detail.Is(info.DESCRIPTOR) and detail.Unpack(info):
+                return RetryWish(True, max(0.0, info.retry_delay.ToTimedelta().total_seconds()))
+    except (DecodeError, OverflowError):
+        # Details are the endpoint's own business; it is only their retry delay that we cannot read.
+        return _NOTHING_SAID
+    return _NOTHING_SAID
+
+
+def backoff_s(attempt: int) -> float:
+    """Seconds to wait before asking the same endpoint again when it did not say: 0.05, 0.1, 0.2 … at most 1."""
+    return float(min(1.0, 0.05 * 2 ** (attempt - 1)))

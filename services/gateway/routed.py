@@ -1,0 +1,173 @@
+"""One call on its way through the gateway: where it may go, where it is, and whether it may be tried again."""
+
+import asyncio
+from dataclasses import dataclass
+from types import TracebackType
+
+import grpc
+import structlog
+
+from services.gateway import metadata, preference, retry
+from services.gateway.endpoint import Endpoint
+from services.gateway.feed import RequestFeed
+from services.gateway.methods import Method
+from services.gateway.metrics import NO_POOL, GatewayMetrics
+from services.gateway.pools import Fleet, Tiers, none_ready
+from services.gateway.settings import Settings
+from services.kit import faults
+from services.kit.boundary import REQUEST_ID_KEY
+from services.kit.call import time_left
+from services.kit.errors import CODES
+from services.kit.faults import Fault
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """What every call needs."""
+
+    fleet: Fleet
+    settings: Settings
+    metrics: GatewayMetrics
+
+
+class RoutedCall:
+    """Used as `with RoutedCall(...) as call`, which counts the call when it is left."""
+
+    def __init__(self, routing: Routing, method: Method, context: grpc.aio.ServicerContext) -> None:
+        self.method = method
+        self.context = context
+        self.metadata: metadata.Metadata = ()
+        self.attempts = 0
+        self.answered = False  # something was sent to the caller, so there is no second try
+        self.feed: RequestFeed | None = None  # of a call whose requests are a stream
+        self.code = grpc.StatusCode.OK
+        self._fleet = routing.fleet
+        self._settings = routing.settings
+        self._metrics = routing.metrics
+        self._tiers: Tiers = ()
+        self._endpoint: Endpoint | None = None
+        self._tried: list[Endpoint] = []
+        self._deadline: float | None = None  # on the loop's clock
+        self._wait_left_s = routing.settings.retry_wait_s
+
+    def __enter__(self) -> "RoutedCall":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, Fault):
+            self.code = CODES[error.data.kind]
+        elif isinstance(error, asyncio.CancelledError):
+            self.code = grpc.StatusCode.CANCELLED
+        elif error is not None:
+            self.code = grpc.StatusCode.INTERNAL
+        pool = self._endpoint.pool if self._endpoint is not None else NO_POOL
+        self._metrics.ended(pool, self.method.label, self.code.name)
+
+    def first(self) -> Endpoint:
+        """Read what the caller wants and choose an endpoint; raises Fault if the call cannot be sent anywhere."""
+        received = self.context.invocation_metadata() or ()
+        passed = metadata.to_upstream(pair for pair in received if pair[0] != REQUEST_ID_KEY)
+        # The boundary gave the call an id if the caller had none: with it, logs of both sides can be joined.
+        request_id = structlog.contextvars.get_contextvars().get("request_id")
+        self.metadata = (*passed, (REQUEST_ID_KEY, request_id)) if request_id else passed
+        left = time_left(self.context)
+        if left is not None:
+            self._deadline = asyncio.get_running_loop().time() + left
+        self._tiers = self._fleet.tiers(self.method.service, preference.from_metadata(received))
+        endpoint = self._fleet.choose(self._tiers)
+        if endpoint is None:
+            raise none_ready(self._tiers)
+        return endpoint
+
+    def begin(self, endpoint: Endpoint) -> float | None:
+        """Count an attempt at the endpoint; answers its timeout in seconds, None without a deadline.
+
+        Raises Fault if the deadline leaves no time for an attempt.
+        """
+        timeout: float | None = None
+        if self._deadline is not None:
+            left = self._deadline - asyncio.get_running_loop().time()
+            timeout = left - self._settings.deadline_margin_ms / 1000
+            if timeout <= 0:
+                raise faults.deadline_too_short(
+                    f"{max(0, int(left * 1000))} ms are left, and the gateway keeps "
+                    f"{self._settings.deadline_margin_ms} ms for itself"
+                )
+        self.attempts += 1
+        self._endpoint = endpoint
+        endpoint.begin(self._fleet.next_turn())
+        return timeout
+
+    async def again(self, error: grpc.aio.AioRpcError) -> Endpoint | None:
+        """After a failed attempt: the endpoint to try next, or None if the error is the caller's answer.
+
+        Another endpoint is asked at once. If there is none, waits as long as the failed one wished and until one is
+        ready, within the deadline and the `retry_wait_s` of the whole call.
+        """
+        failed = self._endpoint
+        if failed is None or error.code() is not grpc.StatusCode.UNAVAILABLE:
+            return None
+        trailing = error.trailing_metadata() or ()
+        failed.failed(error.details() or "", said_by_server=len(trailing) > 0)
+        if self.answered or self.attempts >= self._settings.max_attempts:
+            return None
+        if self.feed is not None and not self.feed.repeatable:
+            return None
+        asked = retry.wish(trailing)
+        if not asked.allowed:
+            return None
+        self._tried.append(failed)
+        endpoint = self._fleet.choose(self._tiers, self._tried)
+        reason = "elsewhere"
+        if endpoint is None:
+            reason = "waited"
+            delay_s = asked.delay_s if asked.delay_s is not None else retry.backoff_s(self.attempts)
+            endpoint = await self._wait(delay_s, failed)
+        if endpoint is not None:
+            self._metrics.retried(failed.pool, reason)
+        return endpoint
+
+    async def _wait(self, delay_s: float, failed: Endpoint) -> Endpoint | None:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        end = began + self._wait_left_s
+        if self._deadline is not None:
+            end = min(end, self._deadline - self._settings.deadline_margin_ms / 1000)
+        if began + delay_s >= end:
+            return None
+        await asyncio.sleep(delay_s)
+        endpoint: Endpoint | None = None
+        try:
+            async with asyncio.timeout_at(end):
+                while endpoint is None:
+                    endpoint = self._fleet.choose(self._tiers, (failed,)) or self._fleet.choose(self._tiers)
+                    if endpoint is None:
+                        await self._fleet.wait_change()
+        except TimeoutError:
+            return None
+        self._wait_left_s -= loop.time() - began
+        return endpoint
+
+    async def send_header(self, received: metadata.Metadata) -> None:
+        """Send the caller the endpoint's initial metadata and who serves it."""
+        self.answered = True
+        if self.feed is not None:
+            self.feed.commit()
+        served = self._endpoint.served if self._endpoint is not None else ()
+        await self.context.send_initial_metadata(metadata.to_caller(received, served))
+
+    async def pass_status(self, error: grpc.aio.AioRpcError) -> None:
+        """End the call with the endpoint's status, details and trailers."""
+        served: metadata.Metadata = ()
+        if not self.answered:
+            if error.initial_metadata():
+                await self.send_header(error.initial_metadata())
+            elif self._endpoint is not None:
+                # Without a header the caller's own retries still work, so who served goes with the trailers.
+                served = self._endpoint.served
+        self.code = error.code()
+        self.context.set_code(error.code())
+        self.context.set_details(error.details() or "")
+        self.context.set_trailing_metadata((*metadata.trailers(error.trailing_metadata()), *served))

@@ -1,0 +1,34 @@
+"""Settings of the gateway, from environment variables INKWELL_GATEWAY_*."""
+
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from services.kit.settings import MIB, ServiceSettings
+
+
+class Settings(ServiceSettings):
+    """How the gateway runs; which pools there are is in the file that `config` names."""
+
+    model_config = SettingsConfigDict(env_prefix="INKWELL_GATEWAY_", extra="forbid", frozen=True)
+
+    port: int = Field(50050, ge=0, le=65535, description="gRPC port; 0 takes a free one")
+    config: Path = Field(Path("gateway.yaml"), description="the file that names the pools")
+    max_message_bytes: int = Field(64 * MIB, ge=1024, description="largest request message")
+    deadline_margin_ms: int = Field(
+        10, ge=0, le=10_000, description="a caller's deadline is passed on earlier by this, so that our answer arrives"
+    )
+    max_attempts: int = Field(4, ge=1, le=20, description="times one call is tried, the first included")
+    retry_wait_s: float = Field(
+        30.0, ge=0, description="seconds a call that failed may wait for an endpoint to come back before it is retried"
+    )
+    replay_bytes: int = Field(
+        8 * MIB, ge=0, description="request-stream bytes kept for a retry; a stream that sent more is not retried"
+    )
+    resolve_interval_s: float = Field(5.0, gt=0, description="seconds between look-ups of a dns:/// target")
+    connect_timeout_s: float = Field(3.0, gt=0, description="seconds that connecting to an endpoint may take")
+    keepalive_time_s: float = Field(
+        20.0, ge=10, description="seconds of silence on a connection after which it is probed"
+    )
+    keepalive_timeout_s: float = Field(5.0, gt=0, description="seconds a probe may take until the connection is dead")
