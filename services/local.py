@@ -251,8 +251,8 @@ def demo() -> int:
         ):
             shown = " ".join(f'"{a}"' if " " in a else a for a in arguments)
             print(f"\n$ inkwell {shown}", flush=True)
-            command = [sys.executable, "-m", "inkwell", "--address", services["gateway"].address, *arguments]
-            done = subprocess.run(command, cwd=ROOT, check=False)
+            environment = {**os.environ, "INKWELL_ADDRESS": services["gateway"].address}
+            done = subprocess.run([sys.executable, "-m", "inkwell", *arguments], cwd=ROOT, env=environment, check=False)
             if done.returncode:
                 print(f"inkwell ended with exit code {done.returncode}", file=sys.stderr)
                 return 1

@@ -49,6 +49,12 @@ _BACKOFF_MOST_S = 30.0
 # An engine that served this long was healthy: its death is not counted towards the backoff.
 _STABLE_S = 60.0
 _EXPECTED_RESTART_MS = 2000
+# An engine that never served and ends this often will not start the next time either: a missing file, a bad setting.
+_START_ATTEMPTS = 3
+
+
+class EngineStartError(RuntimeError):
+    """The engine ended again and again before it was ever ready; the log has its last words."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,7 @@ class EngineHost:
         self.ready = False
         self.on_ready_change: Callable[[bool], None] = lambda ready: None
         self._ready_event = asyncio.Event()
+        self._gave_up = asyncio.Event()
         metrics.queue_depth.set_function(lambda: self.admission.waiting_count)
         metrics.running.set_function(lambda: self.admission.running_count)
 
@@ -112,6 +119,11 @@ class EngineHost:
     async def wait_ready(self) -> None:
         """Return when the engine has loaded its models."""
         await self._ready_event.wait()
+
+    async def start_failed(self) -> None:
+        """Wait for ever while the engine is well; raises EngineStartError once there is no hope that it will start."""
+        await self._gave_up.wait()
+        raise EngineStartError(f"the engine ended {_START_ATTEMPTS} times before it was ready; see its output above")
 
     async def stop(self) -> None:
         """End the engine process; what is still in it ends with UNAVAILABLE."""
@@ -201,9 +213,11 @@ class EngineHost:
     # --- the process ---
 
     def _send(self, command: Command) -> None:
-        # A closing writer means that the supervisor is about to fail these jobs and start afresh.
+        # A closed connection means that the supervisor is about to fail these jobs and start afresh. It shows as
+        # is_closing on asyncio's own loop and as RuntimeError on uvloop.
         if self._writer is not None and not self._writer.is_closing():
-            self._writer.write(wire.encode(command))
+            with contextlib.suppress(RuntimeError):
+                self._writer.write(wire.encode(command))
 
     def _set_ready(self, ready: bool) -> None:
         if ready == self.ready:
@@ -217,12 +231,16 @@ class EngineHost:
 
     async def _supervise(self) -> None:
         backoff_s = _BACKOFF_FIRST_S
+        failed_starts = 0
         try:
             while True:
                 began = self._clock()
                 cause = await self._run_once()
                 if self._clock() - began > _STABLE_S:
                     backoff_s = _BACKOFF_FIRST_S
+                failed_starts += 1
+                if self.info is None and failed_starts == _START_ATTEMPTS:
+                    self._gave_up.set()
                 self._metrics.engine_restarts.inc()
                 delay_s = backoff_s * random.uniform(0.8, 1.2)
                 log.error("engine ended", cause=cause, restart_in_s=round(delay_s, 2))
@@ -250,7 +268,8 @@ class EngineHost:
         log.info("engine starting", pid=process.pid)
         try:
             assert process.stdin is not None
-            with contextlib.suppress(ConnectionError):  # it died at once; the reader below sees that
+            # Should it have died at once, the reader below sees that (uvloop then raises RuntimeError on writing).
+            with contextlib.suppress(ConnectionError, RuntimeError):
                 process.stdin.write(self._settings.model_dump_json().encode())
                 await process.stdin.drain()
             process.stdin.close()

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import signal
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import grpc
 import structlog
@@ -13,7 +14,7 @@ from grpc_reflection.v1alpha import reflection
 
 from services.kit import logs
 from services.kit.boundary import Boundary
-from services.kit.engine_host import EngineHost
+from services.kit.engine_host import EngineHost, EngineStartError
 from services.kit.metrics import Metrics, MetricsPage
 from services.kit.settings import ServiceSettings
 
@@ -106,8 +107,8 @@ class ServiceServer:
                 ("grpc.max_send_message_length", -1),
                 # Without this a second server on the same port would silently take half of the calls.
                 ("grpc.so_reuseport", 0),
-                # Let clients notice a dead connection every 10 s, also between calls.
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+                # Let clients look for a dead connection every 10 s, also between calls. Core's own bound is 5 minutes.
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
                 ("grpc.keepalive_permit_without_calls", 1),
             ],
         )
@@ -179,13 +180,16 @@ class ServiceServer:
 
 
 def run(server: ServiceServer) -> None:
-    """Serve until SIGTERM or SIGINT, then drain; a second signal ends at once. Exits with 1 if it cannot start."""
+    """Serve until SIGTERM or SIGINT, then drain; a second signal ends at once.
+
+    Exits with 1 if it cannot start: the port is taken, or the engine fails again and again before it was ever ready.
+    """
     import uvloop  # here, so that tests may run on the standard loop
 
     logs.configure(server.name, server.settings.log_level)
     try:
         uvloop.run(_serve_until_signal(server))
-    except OSError as error:
+    except (OSError, EngineStartError) as error:
         log.error("cannot start", error=str(error))
         raise SystemExit(1) from None
 
@@ -205,6 +209,13 @@ async def _serve_until_signal(server: ServiceServer) -> None:
         loop.add_signal_handler(number, on_signal)
     await server.start()
     try:
-        await stopping.wait()
+        waits: list[asyncio.Task[Any]] = [asyncio.create_task(stopping.wait(), name="signal")]
+        if server.host is not None:
+            waits.append(asyncio.create_task(server.host.start_failed(), name="engine-start"))
+        done, pending = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()
+        for task in done:
+            task.result()
     finally:
         await server.stop()

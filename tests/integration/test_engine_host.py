@@ -11,7 +11,7 @@ import pytest
 
 from services.kit.admission import Priority
 from services.kit.engine_api import Accepted, Finished, Update
-from services.kit.engine_host import EngineHost, Job, Queued
+from services.kit.engine_host import EngineHost, EngineStartError, Job, Queued
 from services.kit.faults import Fault
 from services.kit.metrics import Metrics
 from services.kit.settings import ServiceSettings
@@ -52,8 +52,12 @@ async def until_running(job: Job) -> None:
 
 async def until_not_ready(host: EngineHost) -> None:
     gone = asyncio.Event()
-    follow = host.on_ready_change
-    host.on_ready_change = lambda ready: (follow(ready), None if ready else gone.set())[0]
+
+    def changed(ready: bool) -> None:
+        if not ready:
+            gone.set()
+
+    host.on_ready_change = changed
     if host.ready:
         await gone.wait()
 
@@ -162,3 +166,23 @@ async def test_no_call_is_admitted_while_there_is_no_engine() -> None:
         admit(host)
     assert refused.value.data.reason == "ENGINE_NOT_READY"
     assert refused.value.data.retry_after_ms is not None
+
+
+async def test_an_engine_that_never_starts_is_given_up() -> None:
+    broken = "tests.support.counting_engine:create_broken_engine"
+    host = EngineHost(broken, ServiceSettings(), slots=1, metrics=Metrics("test"))
+    await host.start()
+    with pytest.raises(EngineStartError):
+        await host.start_failed()
+    assert not host.ready
+    await host.stop()
+
+
+async def test_an_engine_that_keeps_crashing_keeps_coming_back(host: EngineHost) -> None:
+    for _ in range(3):
+        async with admit(host) as job:
+            job.start(Count(count=5, crash_at=1))
+            with pytest.raises(Fault, match="ENGINE_LOST"):
+                [event async for event in job]
+        await host.wait_ready()
+    assert isinstance((await run(host, Count(count=1)))[-1], Finished)

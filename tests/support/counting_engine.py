@@ -83,3 +83,8 @@ class CountingEngine:
 
 def create_engine(settings_json: str) -> CountingEngine:
     return CountingEngine()
+
+
+def create_broken_engine(settings_json: str) -> CountingEngine:
+    """An engine whose model is not there."""
+    raise FileNotFoundError("model.safetensors")
