@@ -30,8 +30,8 @@ def detect() -> Hardware:
             label = "rocm" if torch.version.hip else "cuda"
             return Hardware(label, "cuda:0", properties.name, properties.total_memory, cores)
         if hasattr(torch, "xpu") and torch.xpu.is_available():
-            properties = torch.xpu.get_device_properties(0)
-            return Hardware("xpu", "xpu:0", properties.name, properties.total_memory, cores)
+            xpu = torch.xpu.get_device_properties(0)
+            return Hardware("xpu", "xpu:0", xpu.name, xpu.total_memory, cores)
         if torch.backends.mps.is_available():
             return Hardware("mps", "mps", "Apple GPU", _machine_memory(), cores)
     except Exception:  # noqa: BLE001 - whatever a driver throws, the CPU still works

@@ -227,6 +227,7 @@ class Rows:
         rows = _seats(wanted)
         images = _seats([image for image, _ in groups])
         length = max((self._row_positions[source] for source in wanted), default=0)
+        self._grow(len(wanted), length)
         _move(self._past[..., :length, :], wanted, rows)
         if self._cross is not None:
             _move(self._cross, [image for image, _ in groups], images)

@@ -1,0 +1,34 @@
+"""`python -m services.diffusion`: settings, engine host, servicer, serve."""
+
+import grpc
+
+from inkwell.diffusion.v1 import diffusion_pb2, diffusion_pb2_grpc
+from services.diffusion.servicer import DiffusionServicer
+from services.diffusion.settings import Settings
+from services.kit.engine_host import EngineHost
+from services.kit.metrics import Metrics
+from services.kit.server import ServiceServer, run
+
+ENGINE_FACTORY = "services.diffusion.engine.main:create_engine"
+
+
+def build(settings: Settings) -> ServiceServer:
+    """The service, not yet started."""
+    metrics = Metrics("diffusion")
+    host = EngineHost(ENGINE_FACTORY, settings, slots=settings.max_concurrent_calls, metrics=metrics)
+    servicer = DiffusionServicer(settings, host, metrics)
+
+    def register(server: grpc.aio.Server) -> list[str]:
+        diffusion_pb2_grpc.add_DiffusionServiceServicer_to_server(servicer, server)
+        return [diffusion_pb2.DESCRIPTOR.services_by_name["DiffusionService"].full_name]
+
+    return ServiceServer("diffusion", settings, metrics=metrics, host=host, register=register)
+
+
+def main() -> None:
+    """Serve until told to stop."""
+    run(build(Settings()))
+
+
+if __name__ == "__main__":
+    main()
