@@ -79,7 +79,8 @@ class AsyncClient:
         if on_event is None:
             request = converters.recognize_request(await _load(image), options)
             stub = ocr_pb2_grpc.OcrServiceStub(self._channel())
-            return converters.reading((await self._unary(stub.Recognize, request, timeout_s)).recognition)
+            answer, served = await self._unary(stub.Recognize, request, timeout_s)
+            return converters.reading(answer.recognition, served)
         result = await _last(self._read_events(image, options, timeout_s), on_event)
         assert isinstance(result, types.ReadResult)
         return result.reading
@@ -175,11 +176,11 @@ class AsyncClient:
         """The models of one service, or of every service that the server offers."""
         if service == "ocr":
             readers = ocr_pb2_grpc.OcrServiceStub(self._channel())
-            answer = await self._unary(readers.ListModels, ocr_pb2.ListModelsRequest(), timeout_s)
+            answer, _ = await self._unary(readers.ListModels, ocr_pb2.ListModelsRequest(), timeout_s)
             return list(converters.ocr_models(answer))
         if service == "diffusion":
             painters = diffusion_pb2_grpc.DiffusionServiceStub(self._channel())
-            answer = await self._unary(painters.ListModels, diffusion_pb2.ListModelsRequest(), timeout_s)
+            answer, _ = await self._unary(painters.ListModels, diffusion_pb2.ListModelsRequest(), timeout_s)
             return list(converters.diffusion_models(answer))
         try:
             found = await self.models("ocr", timeout_s=timeout_s)
@@ -194,13 +195,15 @@ class AsyncClient:
         """The schedulers that `paint` knows by name."""
         stub = diffusion_pb2_grpc.DiffusionServiceStub(self._channel())
         request = diffusion_pb2.ListSchedulersRequest()
-        return converters.schedulers(await self._unary(stub.ListSchedulers, request, timeout_s))
+        answer, _ = await self._unary(stub.ListSchedulers, request, timeout_s)
+        return converters.schedulers(answer)
 
     async def fleet(self, *, service: str = "", hardware: str = "", timeout_s: float | None = None) -> list[types.Pool]:
         """The pools behind a gateway, with the state and load of their endpoints; empty strings for all."""
         stub = gateway_pb2_grpc.GatewayServiceStub(self._channel())
         request = converters.list_pools_request(service, hardware)
-        return converters.pools(await self._unary(stub.ListPools, request, timeout_s))
+        answer, _ = await self._unary(stub.ListPools, request, timeout_s)
+        return converters.pools(answer)
 
     # --- calls -----------------------------------------------------------------------------------------------------
 
@@ -216,11 +219,13 @@ class AsyncClient:
         if self._wait_for_ready_s is not None:
             await wait_until_ready_async(self._channel(), self._target, self._wait_for_ready_s)
 
-    async def _unary(self, method: Any, request: Any, timeout_s: float | None) -> Any:
+    async def _unary(self, method: Any, request: Any, timeout_s: float | None) -> tuple[Any, types.ServedBy]:
         await self._prepare()
         timeout = self._timeout_s if timeout_s is None else timeout_s
         try:
-            return await method(request, timeout=timeout, metadata=self._metadata)
+            call = method(request, timeout=timeout, metadata=self._metadata)
+            answer = await call
+            return answer, converters.served_by(await call.initial_metadata())
         except grpc.RpcError as error:
             raise error_from_rpc(error, self._target) from error
 
@@ -228,7 +233,7 @@ class AsyncClient:
         self,
         method: Any,
         request: Any,
-        convert: Callable[[Any], Event | None],
+        convert: Callable[[Any, types.ServedBy], Event | None],
         final: type[Any],
         timeout_s: float | None,
     ) -> AsyncGenerator[Event, None]:
@@ -236,9 +241,11 @@ class AsyncClient:
         timeout = self._timeout_s if timeout_s is None else timeout_s
         call = method(request, timeout=timeout, metadata=self._metadata)
         event: Event | None = None
+        served: types.ServedBy | None = None
         try:
             async for response in call:
-                event = convert(response)
+                served = converters.also_told(served or converters.served_by(await call.initial_metadata()), event)
+                event = convert(response, served)
                 if event is not None:
                     yield event
         except grpc.RpcError as error:
@@ -296,11 +303,13 @@ class AsyncClient:
                     call.cancel()
 
         sender = asyncio.create_task(send())
+        served: types.ServedBy | None = None
         try:
             async for response in call:
+                served = served or converters.served_by(await call.initial_metadata())
                 for failure in book.failures():
                     yield failure
-                outcome = book.outcome(response)
+                outcome = book.outcome(response, served)
                 if outcome is not None:
                     yield outcome
                     places.release()

@@ -77,7 +77,7 @@ class BatchBook:
         while self._failed:
             yield self._failed.popleft()
 
-    def outcome(self, response: ocr_pb2.BatchRecognizeResponse) -> Outcome | None:
+    def outcome(self, response: ocr_pb2.BatchRecognizeResponse, served: types.ServedBy) -> Outcome | None:
         """None for an answer to nothing that was asked, or of a kind that this version does not know."""
         caller_id = self._under_way.pop(response.id, None)
         if caller_id is None:
@@ -85,7 +85,7 @@ class BatchBook:
         if response.WhichOneof("outcome") == "error":
             return caller_id, error_from_status(response.error)
         try:
-            return caller_id, converters.reading(response.result)
+            return caller_id, converters.reading(response.result, served)
         except InkwellError as error:
             return caller_id, error
 

@@ -1,7 +1,7 @@
 """The blocking client."""
 
-import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -93,7 +93,8 @@ class Client:
         content = converters.load_image(image)
         if on_event is None:
             request = converters.recognize_request(content, options)
-            return converters.reading(self._unary(self._ocr.Recognize, request, timeout_s).recognition)
+            answer, served = self._unary(self._ocr.Recognize, request, timeout_s)
+            return converters.reading(answer.recognition, served)
         result = _last(self._read_events(content, options, timeout_s), on_event)
         assert isinstance(result, types.ReadResult)
         return result.reading
@@ -200,10 +201,10 @@ class Client:
     def models(self, service: Service | None = None, *, timeout_s: float | None = None) -> list[types.Model]:
         """The models of one service, or of every service that the server offers."""
         if service == "ocr":
-            answer = self._unary(self._ocr.ListModels, ocr_pb2.ListModelsRequest(), timeout_s)
+            answer, _ = self._unary(self._ocr.ListModels, ocr_pb2.ListModelsRequest(), timeout_s)
             return list(converters.ocr_models(answer))
         if service == "diffusion":
-            answer = self._unary(self._diffusion.ListModels, diffusion_pb2.ListModelsRequest(), timeout_s)
+            answer, _ = self._unary(self._diffusion.ListModels, diffusion_pb2.ListModelsRequest(), timeout_s)
             return list(converters.diffusion_models(answer))
         try:
             readers = self.models("ocr", timeout_s=timeout_s)
@@ -217,12 +218,14 @@ class Client:
     def schedulers(self, *, timeout_s: float | None = None) -> list[types.Scheduler]:
         """The schedulers that `paint` knows by name."""
         request = diffusion_pb2.ListSchedulersRequest()
-        return converters.schedulers(self._unary(self._diffusion.ListSchedulers, request, timeout_s))
+        answer, _ = self._unary(self._diffusion.ListSchedulers, request, timeout_s)
+        return converters.schedulers(answer)
 
     def fleet(self, *, service: str = "", hardware: str = "", timeout_s: float | None = None) -> list[types.Pool]:
         """The pools behind a gateway, with the state and load of their endpoints; empty strings for all."""
         request = converters.list_pools_request(service, hardware)
-        return converters.pools(self._unary(self._gateway.ListPools, request, timeout_s))
+        answer, _ = self._unary(self._gateway.ListPools, request, timeout_s)
+        return converters.pools(answer)
 
     # --- calls -----------------------------------------------------------------------------------------------------
 
@@ -230,12 +233,13 @@ class Client:
         if self._wait_for_ready_s is not None:
             wait_until_ready(self._channel, self._target, self._wait_for_ready_s)
 
-    def _unary(self, method: Any, request: Any, timeout_s: float | None) -> Any:
+    def _unary(self, method: Any, request: Any, timeout_s: float | None) -> tuple[Any, types.ServedBy]:
         self._prepare()
         timeout = self._timeout_s if timeout_s is None else timeout_s
         call = method.future(request, timeout=timeout, metadata=self._metadata)
         try:
-            return call.result()
+            answer = call.result()
+            return answer, converters.served_by(call.initial_metadata())
         except (grpc.RpcError, grpc.FutureCancelledError) as error:
             raise error_from_rpc(error, self._target) from error
         finally:
@@ -245,7 +249,7 @@ class Client:
         self,
         method: Any,
         request: Any,
-        convert: Callable[[Any], Event | None],
+        convert: Callable[[Any, types.ServedBy], Event | None],
         final: type[Any],
         timeout_s: float | None,
     ) -> Generator[Event, None, None]:
@@ -253,9 +257,11 @@ class Client:
         timeout = self._timeout_s if timeout_s is None else timeout_s
         call = method(request, timeout=timeout, metadata=self._metadata)
         event: Event | None = None
+        served: types.ServedBy | None = None
         try:
             for response in call:
-                event = convert(response)
+                served = converters.also_told(served or converters.served_by(call.initial_metadata()), event)
+                event = convert(response, served)
                 if event is not None:
                     yield event
         except grpc.RpcError as error:
@@ -281,36 +287,40 @@ class Client:
         self, images: Iterator[BatchItem], book: BatchBook, timeout_s: float | None
     ) -> Generator[Outcome, None, None]:
         self._prepare()
-        places = threading.Semaphore(WINDOW)
-        begun = threading.Event()
-        closed = threading.Event()
+        # Ctrl-C may strike the main thread inside any lock written in Python and leave it held; these queues have none.
+        places: SimpleQueue[bool] = SimpleQueue()
+        for _ in range(WINDOW):
+            places.put(True)
+        calls: SimpleQueue[Any] = SimpleQueue()
+        closed = False
 
         def requests() -> Iterator[ocr_pb2.BatchRecognizeRequest]:
             try:
-                while places.acquire() and not closed.is_set():
+                while places.get() and not closed:
                     try:
                         item = next(images)
                     except StopIteration:
                         return
                     request = _batch_request(book, item)
                     if request is None:
-                        places.release()
+                        places.put(True)
                     else:
                         yield request
             except Exception as error:  # noqa: BLE001 - whatever the caller's iterable raises is raised to the caller
                 book.source_error = error
-                begun.wait()
-                call.cancel()
+                calls.get().cancel()
 
         call = self._ocr.BatchRecognize(requests(), timeout=timeout_s, metadata=self._metadata)
-        begun.set()
+        calls.put(call)
+        served: types.ServedBy | None = None
         try:
             for response in call:
+                served = served or converters.served_by(call.initial_metadata())
                 yield from book.failures()
-                outcome = book.outcome(response)
+                outcome = book.outcome(response, served)
                 if outcome is not None:
                     yield outcome
-                    places.release()
+                    places.put(True)
             yield from book.failures()
             yield from book.unanswered()
         except grpc.RpcError as error:
@@ -319,8 +329,8 @@ class Client:
                 raise book.source_error from None
             raise error_from_rpc(error, self._target) from error
         finally:
-            closed.set()
-            places.release()
+            closed = True
+            places.put(False)
             call.cancel()
 
 

@@ -4,7 +4,7 @@ Requests are checked by the server, where the rules are; here only what protobuf
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -74,7 +74,7 @@ def batch_recognize_request(wire_id: str, content: bytes, options: ReadOptions) 
     return request
 
 
-def reading(message: ocr_pb2.Recognition) -> types.Reading:
+def reading(message: ocr_pb2.Recognition, served: types.ServedBy) -> types.Reading:
     """What was read; raises InternalError for an answer without a hypothesis."""
     if not message.hypotheses:
         raise InternalError("the server answered without a text", reason="NO_RESULT")
@@ -83,10 +83,11 @@ def reading(message: ocr_pb2.Recognition) -> types.Reading:
         truncated=message.truncated,
         model=message.model,
         timing=_timing(message.timing),
+        served_by=served,
     )
 
 
-def read_event(message: ocr_pb2.StreamRecognizeResponse) -> types.ReadEvent | None:
+def read_event(message: ocr_pb2.StreamRecognizeResponse, served: types.ServedBy) -> types.ReadEvent | None:
     """None for an event that this version does not know."""
     number = message.sequence
     match message.WhichOneof("event"):
@@ -97,7 +98,7 @@ def read_event(message: ocr_pb2.StreamRecognizeResponse) -> types.ReadEvent | No
         case "partial":
             return types.Partial(number, message.partial.text, message.partial.token_count)
         case "result":
-            return types.ReadResult(number, reading(message.result))
+            return types.ReadResult(number, reading(message.result, served))
     return None
 
 
@@ -147,7 +148,7 @@ def generate_request(options: PaintOptions) -> diffusion_pb2.GenerateRequest:
     return request
 
 
-def paint_event(message: diffusion_pb2.GenerateResponse) -> types.PaintEvent | None:
+def paint_event(message: diffusion_pb2.GenerateResponse, served: types.ServedBy) -> types.PaintEvent | None:
     """None for an event that this version does not know."""
     number = message.sequence
     match message.WhichOneof("event"):
@@ -162,11 +163,11 @@ def paint_event(message: diffusion_pb2.GenerateResponse) -> types.PaintEvent | N
             images = tuple(types.Image(each.content, each.media_type) for each in message.preview.images)
             return types.Preview(number, message.preview.step, images)
         case "result":
-            return _paint_result(number, message.result)
+            return _paint_result(number, message.result, served)
     return None
 
 
-def _paint_result(number: int, message: diffusion_pb2.GenerateResult) -> types.PaintResult:
+def _paint_result(number: int, message: diffusion_pb2.GenerateResult, served: types.ServedBy) -> types.PaintResult:
     if not message.images:
         raise InternalError("the server answered without a picture", reason="NO_RESULT")
     warnings = tuple(message.warnings)
@@ -175,11 +176,12 @@ def _paint_result(number: int, message: diffusion_pb2.GenerateResult) -> types.P
             content=each.image.content,
             media_type=each.image.media_type,
             parameters=_parameters(each.parameters),
+            served_by=served,
             warnings=warnings,
         )
         for each in message.images
     )
-    return types.PaintResult(number, pictures, _timing(message.timing), warnings)
+    return types.PaintResult(number, pictures, _timing(message.timing), served, warnings)
 
 
 def _parameters(message: diffusion_pb2.GenerationParameters) -> types.GenerationParameters:
@@ -264,6 +266,23 @@ def no_result() -> InternalError:
     return InternalError("the server ended the stream without a result", reason="NO_RESULT")
 
 
+def served_by(metadata: Iterable[tuple[str, str | bytes]] | None) -> types.ServedBy:
+    """What the reply's metadata tell about who serves the call."""
+    told = {key: value for key, value in metadata or () if isinstance(value, str)}
+    return types.ServedBy(
+        hardware=told.get("inkwell-hardware", ""),
+        pool=told.get("inkwell-pool", ""),
+        endpoint=told.get("inkwell-endpoint", ""),
+    )
+
+
+def also_told(served: types.ServedBy, event: object) -> types.ServedBy:
+    """The same with what a Started event adds."""
+    if isinstance(event, types.Started):
+        return dataclasses.replace(served, hardware=event.hardware, runtime=event.runtime)
+    return served
+
+
 def _started(number: int, message: common_pb2.Started) -> types.Started:
     return types.Started(number, message.hardware, message.runtime, message.model)
 
@@ -278,8 +297,8 @@ def _same_named(message: Message, kind: type[Any]) -> dict[str, Any]:
 
 
 def _assign(message: Message, name: str, value: object, *, path: str = "") -> None:
-    """Set a scalar field unless `value` is None; says which field it was if the value does not fit its type."""
-    if value is None:
+    """Set a scalar field unless `value` is None or empty; the error names it if the value does not fit its type."""
+    if value is None or value == "":
         return
     try:
         setattr(message, name, value)

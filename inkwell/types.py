@@ -41,6 +41,16 @@ class Timing:
 
 
 @dataclass(frozen=True, slots=True)
+class ServedBy:
+    """Who did the work; what nobody told is empty. Only a gateway names pools, only streams name the runtime."""
+
+    hardware: str = ""
+    runtime: str = ""
+    pool: str = ""
+    endpoint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Image:
     """An encoded picture and its IANA media type, such as "image/jpeg"."""
 
@@ -89,6 +99,7 @@ class Reading:
     """True when decoding stopped at `max_new_token_count` and the text may go on."""
     model: str
     timing: Timing
+    served_by: ServedBy
 
     @property
     def text(self) -> str:
@@ -139,7 +150,8 @@ class Picture(Image):
     """One finished picture. `warnings` say what the caller should know, such as a prompt that was cut off."""
 
     parameters: GenerationParameters
-    warnings: tuple[str, ...] = ()
+    served_by: ServedBy
+    warnings: tuple[str, ...]
 
 
 # --- events --------------------------------------------------------------------------------------------------------
@@ -206,6 +218,7 @@ class PaintResult:
     sequence: int
     pictures: tuple[Picture, ...]
     timing: Timing
+    served_by: ServedBy
     warnings: tuple[str, ...]
 
 

@@ -1,13 +1,15 @@
 """The commands and their options; what they do is in the modules beside this one."""
 
+import asyncio
 import re
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from inkwell.aio import AsyncClient
 from inkwell.channel import DEFAULT_TIMEOUT_S
-from inkwell.client import Client
 from inkwell.version import __version__
 
 EXIT_CODES = (
@@ -111,8 +113,10 @@ def read(
         "timeout_s": timeout,
     }
     sources = reading.sources(images)
-    with Client(address, hardware=hardware, wait_for_ready_s=wait) as client:
-        reading.run(client, sources, options, alternatives=alternatives, as_json=json, quiet=quiet)
+    _call(
+        lambda client: reading.run(client, sources, options, alternatives=alternatives, as_json=json, quiet=quiet),
+        AsyncClient(address, hardware=hardware, wait_for_ready_s=wait),
+    )
 
 
 @app.command(epilog=EXIT_CODES)
@@ -179,8 +183,10 @@ def paint(
     options |= {"media_type": destination.media_type, "quality": quality, "timeout_s": timeout}
     if count > 1:
         options["image_count"] = count
-    with Client(address, hardware=hardware, wait_for_ready_s=wait) as client:
-        painting.run(client, options, destination, as_json=json, quiet=quiet, preview=preview)
+    _call(
+        lambda client: painting.run(client, options, destination, as_json=json, quiet=quiet, preview=preview),
+        AsyncClient(address, hardware=hardware, wait_for_ready_s=wait),
+    )
 
 
 @app.command(epilog=EXIT_CODES)
@@ -195,8 +201,10 @@ def fleet(
     """Show the pools behind a gateway: endpoints, their state and load."""
     from inkwell.cli import listing
 
-    with Client(address, timeout_s=timeout, wait_for_ready_s=wait) as client:
-        listing.fleet(client, service=service, hardware=hardware, as_json=json)
+    _call(
+        lambda client: listing.fleet(client, service=service, hardware=hardware, as_json=json),
+        AsyncClient(address, timeout_s=timeout, wait_for_ready_s=wait),
+    )
 
 
 @app.command(epilog=EXIT_CODES)
@@ -210,8 +218,10 @@ def models(
     """List the models that can read or paint."""
     from inkwell.cli import listing
 
-    with Client(address, hardware=hardware, timeout_s=timeout, wait_for_ready_s=wait) as client:
-        listing.models(client, as_json=json)
+    _call(
+        lambda client: listing.models(client, as_json=json),
+        AsyncClient(address, hardware=hardware, timeout_s=timeout, wait_for_ready_s=wait),
+    )
 
 
 @app.command(epilog=EXIT_CODES)
@@ -225,8 +235,24 @@ def schedulers(
     """List the schedulers that 'inkwell paint' knows by name."""
     from inkwell.cli import listing
 
-    with Client(address, hardware=hardware, timeout_s=timeout, wait_for_ready_s=wait) as client:
-        listing.schedulers(client, as_json=json)
+    _call(
+        lambda client: listing.schedulers(client, as_json=json),
+        AsyncClient(address, hardware=hardware, timeout_s=timeout, wait_for_ready_s=wait),
+    )
+
+
+def _call(work: Callable[[AsyncClient], Awaitable[None]], client: AsyncClient) -> None:
+    """Do the work and close the client.
+
+    On an event loop because Ctrl-C then cancels the work, at the server too, wherever it happens to be; in a program
+    of threads it may strike inside gRPC's own locks.
+    """
+
+    async def session() -> None:
+        async with client:
+            await work(client)
+
+    asyncio.run(session())
 
 
 def _size(text: str | None) -> tuple[int | None, int | None]:

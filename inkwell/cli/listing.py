@@ -7,17 +7,17 @@ from typing import Any
 import typer
 
 from inkwell import types
+from inkwell.aio import AsyncClient
 from inkwell.cli import report
-from inkwell.client import Client
 from inkwell.converters import Service
 from inkwell.errors import InkwellError, Unimplemented
 
 SERVICES: tuple[Service, ...] = ("ocr", "diffusion")
 
 
-def fleet(client: Client, *, service: str, hardware: str, as_json: bool) -> None:
+async def fleet(client: AsyncClient, *, service: str, hardware: str, as_json: bool) -> None:
     """A line an endpoint; with JSON an object a pool."""
-    pools = client.fleet(service=service, hardware=hardware)
+    pools = await client.fleet(service=service, hardware=hardware)
     if as_json:
         _json_lines(dataclasses.asdict(pool) for pool in pools)
         return
@@ -41,18 +41,16 @@ def fleet(client: Client, *, service: str, hardware: str, as_json: bool) -> None
             rows.append(
                 (pool.name, pool.service, pool.hardware, ", ".join(pool.targets), "no endpoint", "", "", "", "")
             )
-    report.table(
-        ("POOL", "SERVICE", "HARDWARE", "ENDPOINT", "STATE", "IN FLIGHT", "CALLS", "UNAVAILABLE", "LAST ERROR"), rows
-    )
+    report.table(("POOL", "SERVICE", "HARDWARE", "ENDPOINT", "STATE", "IN FLIGHT", "CALLS", "LOST", "LAST ERROR"), rows)
 
 
-def models(client: Client, *, as_json: bool) -> None:
+async def models(client: AsyncClient, *, as_json: bool) -> None:
     """A line a model. One service's failure does not hide the other's models, but ends in its exit code."""
     found: list[tuple[Service, types.Model]] = []
     failures: list[tuple[Service, InkwellError]] = []
     for service in SERVICES:
         try:
-            found += ((service, model) for model in client.models(service))
+            found += ((service, model) for model in await client.models(service))
         except InkwellError as error:
             failures.append((service, error))
     # A service called directly has only its own models; that is no failure unless nobody has any.
@@ -72,9 +70,9 @@ def models(client: Client, *, as_json: bool) -> None:
         raise typer.Exit(report.exit_code(serious[0][1]))
 
 
-def schedulers(client: Client, *, as_json: bool) -> None:
+async def schedulers(client: AsyncClient, *, as_json: bool) -> None:
     """A line a scheduler."""
-    found = client.schedulers()
+    found = await client.schedulers()
     if as_json:
         _json_lines(dataclasses.asdict(each) for each in found)
     else:

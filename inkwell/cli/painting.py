@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from rich.console import RenderableType
 
 from inkwell import types
+from inkwell.aio import AsyncClient
 from inkwell.cli import preview as previewing
 from inkwell.cli import report, terminal
-from inkwell.client import Client
 from inkwell.embedded import embedded_parameters
 
 MEDIA_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
@@ -54,7 +55,7 @@ def destination(output: str, count: int) -> Destination:
 
 
 def merged(like: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments for `Client.paint_stream`: those embedded in the picture `like`, overridden by what was given.
+    """Arguments for `AsyncClient.paint_stream`: those embedded in the picture `like`, overridden by what was given.
 
     Raises BadParameter when `like` cannot be read or carries no parameters.
     """
@@ -70,8 +71,8 @@ def merged(like: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
     return embedded | {name: value for name, value in given.items() if value is not None}
 
 
-def run(
-    client: Client,
+async def run(
+    client: AsyncClient,
     options: Mapping[str, Any],
     where: Destination,
     *,
@@ -83,34 +84,33 @@ def run(
     console = terminal.console()
     on_terminal = console.is_terminal and not quiet
     draw = preview and on_terminal and previewing.possible(console)
-    started: types.Started | None = None
     result: types.PaintResult | None = None
-    drawn: Any = ""
+    drawn: RenderableType = ""
+    line: RenderableType = ""
     told = _Told(silent=quiet or on_terminal)
     with terminal.live(quiet=quiet) as live:
-        for event in client.paint_stream(**options, previews=draw):
+        async for event in client.paint_stream(**options, previews=draw):
             match event:
                 case types.Queued():
                     told.line(f"queued, {event.position} before this one")
-                    live.update(terminal.status(f"queued, {event.position} before this one"))
+                    line = terminal.status(f"queued, {event.position} before this one")
                 case types.Started():
-                    started = event
                     told.line(f"started: {event.model} on {event.hardware} ({event.runtime})")
-                    live.update(terminal.status(f"{event.model} on {event.hardware} ({event.runtime})"))
+                    line = terminal.status(f"{event.model} on {event.hardware} ({event.runtime})")
                 case types.Progress():
                     told.progress(event)
                     line = terminal.bar(event.step, event.step_count, "steps", _remaining(event.eta_ms))
-                    live.update(terminal.above(drawn, line) if drawn else line)
                 case types.Preview() if draw:
                     drawn = previewing.draw([image.content for image in event.images], console.width)
                 case types.PaintResult():
                     result = event
+            live.update(terminal.above(drawn, line) if drawn else line)
     assert result is not None
     if draw:
         console.print(previewing.draw([picture.content for picture in result.pictures], console.width))
     for warning in result.warnings:
         report.note(warning)
-    _deliver(result, started, where, as_json=as_json)
+    _deliver(result, where, as_json=as_json)
 
 
 class _Told:
@@ -140,7 +140,7 @@ def _remaining(eta_ms: int) -> str:
     return f"{seconds / 60:.0f} min left"
 
 
-def _deliver(result: types.PaintResult, started: types.Started | None, where: Destination, *, as_json: bool) -> None:
+def _deliver(result: types.PaintResult, where: Destination, *, as_json: bool) -> None:
     if where.stdout:
         report.raw(result.pictures[0].content)
         return
@@ -151,17 +151,12 @@ def _deliver(result: types.PaintResult, started: types.Started | None, where: De
         except OSError as error:
             raise OSError(f"cannot write {path}: {error.strerror or error}") from error
         if as_json:
-            report.json_line(_as_json(path, picture, result, started))
+            report.json_line(_as_json(path, picture, result))
         else:
             report.line(str(path))
 
 
-def _as_json(
-    path: Path, picture: types.Picture, result: types.PaintResult, started: types.Started | None
-) -> dict[str, Any]:
-    served_by = {"model": picture.parameters.model}
-    if started is not None:
-        served_by |= {"hardware": started.hardware, "runtime": started.runtime}
+def _as_json(path: Path, picture: types.Picture, result: types.PaintResult) -> dict[str, Any]:
     return {
         "file": str(path),
         "media_type": picture.media_type,
@@ -169,5 +164,5 @@ def _as_json(
         "parameters": dataclasses.asdict(picture.parameters),
         "warnings": list(result.warnings),
         "timing": dataclasses.asdict(result.timing),
-        "served_by": served_by,
+        "served_by": {"model": picture.parameters.model} | dataclasses.asdict(picture.served_by),
     }

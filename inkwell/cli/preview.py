@@ -18,7 +18,7 @@ LINES_MOST = 16
 
 def possible(console: Console) -> bool:
     """True on a terminal with enough colours, if Pillow is installed."""
-    if not console.is_terminal or console.color_system not in ("truecolor", "256"):
+    if not console.is_terminal or console.no_color or console.color_system not in ("truecolor", "256"):
         return False
     try:
         import PIL.Image  # noqa: F401

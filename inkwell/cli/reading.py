@@ -11,16 +11,16 @@ from rich.console import Group
 from rich.text import Text
 
 from inkwell import types
+from inkwell.aio import AsyncClient
 from inkwell.batch import BatchItem
 from inkwell.cli import report, terminal
-from inkwell.client import Client
 from inkwell.errors import InkwellError
 
 Source = tuple[str, types.ImageSource]
 
 
 class Options(TypedDict):
-    """The keyword arguments of `Client.read_stream` and `Client.read_many`."""
+    """The keyword arguments of `AsyncClient.read_stream` and `AsyncClient.read_many`."""
 
     model: str
     beam_width: int | None
@@ -43,8 +43,8 @@ def sources(arguments: Sequence[str]) -> list[Source]:
     return [(argument, sys.stdin.buffer.read() if argument == "-" else argument) for argument in arguments]
 
 
-def run(
-    client: Client,
+async def run(
+    client: AsyncClient,
     images: Sequence[Source],
     options: Options,
     *,
@@ -57,12 +57,12 @@ def run(
     if len(images) == 1:
         name, source = images[0]
         try:
-            reading, started = _read_one(client, source, options, quiet=quiet)
+            reading = await _read_one(client, source, options, quiet=quiet)
         except InkwellError as error:
             show.failure_line(name, error)
             raise
-        show.reading(name, reading, started)
-    elif _read_many(client, images, options, show, quiet=quiet):
+        show.reading(name, reading)
+    elif await _read_many(client, images, options, show, quiet=quiet):
         raise typer.Exit(report.Exit.FAILED)
 
 
@@ -72,9 +72,9 @@ class _Printer:
         self._as_json = as_json
         self._name_files = name_files
 
-    def reading(self, name: str, reading: types.Reading, started: types.Started | None) -> None:
+    def reading(self, name: str, reading: types.Reading) -> None:
         if self._as_json:
-            report.json_line(_as_json(name, reading, started))
+            report.json_line(_as_json(name, reading))
             return
         prefix = f"{name}\t" if self._name_files else ""
         if self._alternatives is None:
@@ -94,10 +94,7 @@ class _Printer:
             report.json_line({"file": name, "error": report.error_as_json(error)})
 
 
-def _as_json(name: str, reading: types.Reading, started: types.Started | None) -> dict[str, Any]:
-    served_by: dict[str, str] = {"model": reading.model}
-    if started is not None:
-        served_by |= {"hardware": started.hardware, "runtime": started.runtime}
+def _as_json(name: str, reading: types.Reading) -> dict[str, Any]:
     return {
         "file": name,
         "text": reading.text,
@@ -110,22 +107,18 @@ def _as_json(name: str, reading: types.Reading, started: types.Started | None) -
             for each in reading.alternatives
         ],
         "timing": dataclasses.asdict(reading.timing),
-        "served_by": served_by,
+        "served_by": {"model": reading.model} | dataclasses.asdict(reading.served_by),
     }
 
 
-def _read_one(
-    client: Client, source: types.ImageSource, options: Options, *, quiet: bool
-) -> tuple[types.Reading, types.Started | None]:
-    started: types.Started | None = None
+async def _read_one(client: AsyncClient, source: types.ImageSource, options: Options, *, quiet: bool) -> types.Reading:
     reading: types.Reading | None = None
     with terminal.live(quiet=quiet) as live:
-        for event in client.read_stream(source, **options):
+        async for event in client.read_stream(source, **options):
             match event:
                 case types.Queued():
                     live.update(terminal.status(f"queued, {event.position} before this one"))
                 case types.Started():
-                    started = event
                     live.update(terminal.status(f"{event.model} on {event.hardware} ({event.runtime})"))
                 case types.Partial():
                     growing = Text(event.text + "▌", overflow="fold")
@@ -133,10 +126,12 @@ def _read_one(
                 case types.ReadResult():
                     reading = event.reading
     assert reading is not None
-    return reading, started
+    return reading
 
 
-def _read_many(client: Client, images: Sequence[Source], options: Options, show: _Printer, *, quiet: bool) -> int:
+async def _read_many(
+    client: AsyncClient, images: Sequence[Source], options: Options, show: _Printer, *, quiet: bool
+) -> int:
     """Print in the order given; answers how many failed."""
     # Answers come in any order and names may repeat, so they are joined by position.
     numbered: list[BatchItem] = [(str(position), source) for position, (_, source) in enumerate(images)]
@@ -150,17 +145,19 @@ def _read_many(client: Client, images: Sequence[Source], options: Options, show:
             failed += 1
             show.failure(images[position][0], outcome)
         else:
-            show.reading(images[position][0], outcome, None)
+            show.reading(images[position][0], outcome)
 
     position = 0
+    answered = 0
     with terminal.live(quiet=quiet) as live:
         try:
-            for count, (number, outcome) in enumerate(client.read_many(numbered, **options), start=1):
+            async for number, outcome in client.read_many(numbered, **options):
                 ready[int(number)] = outcome
+                answered += 1
                 while position in ready:
                     print_ready(position)
                     position += 1
-                live.update(terminal.bar(count, len(images), "read"))
+                live.update(terminal.bar(answered, len(images), "read"))
         finally:  # what was read before the stream broke is not lost
             for left in sorted(ready):
                 print_ready(left)

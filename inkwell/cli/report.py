@@ -157,7 +157,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for name in columns:
-        shown.add_column(name, overflow="fold")
+        # Only the last column, the longest, gives way on a narrow terminal.
+        shown.add_column(name, overflow="fold", no_wrap=name != columns[-1])
     for row in rows:
         shown.add_row(*(Text(cell) for cell in row))
     Console(highlight=False).print(shown)
