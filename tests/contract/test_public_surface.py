@@ -1,0 +1,157 @@
+"""What client programs may rely on. A failure here is a change that they will notice: change it knowingly."""
+
+import dataclasses
+import inspect
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import inkwell
+
+ROOT = Path(__file__).resolve().parents[2]
+
+CONNECTION = [
+    "hardware", "priority", "timeout_s", "wait_for_ready_s", "credentials", "metadata",
+]  # fmt: skip
+READING = [
+    "model", "beam_width", "hypothesis_count", "length_penalty", "max_new_token_count", "timeout_s",
+]  # fmt: skip
+PAINTING = [
+    "negative_prompt", "model", "width", "height", "steps", "guidance_scale", "scheduler", "seed", "image_count",
+    "media_type", "quality", "previews", "timeout_s",
+]  # fmt: skip
+
+# Method → (positional parameters, keyword-only parameters).
+METHODS: dict[str, tuple[list[str], list[str]]] = {
+    "__init__": (["target"], CONNECTION),
+    "read": (["image"], [*READING, "on_event"]),
+    "read_stream": (["image"], READING),
+    "read_many": (["images"], READING),
+    "paint": (["prompt"], [*PAINTING, "on_event"]),
+    "paint_stream": (["prompt"], PAINTING),
+    "models": (["service"], ["timeout_s"]),
+    "schedulers": ([], ["timeout_s"]),
+    "fleet": ([], ["service", "hardware", "timeout_s"]),
+    "close": ([], []),
+}
+
+NAMES = [
+    "AsyncClient", "Cancelled", "Client", "DeadlineExceeded", "Decoding", "DiffusionModel", "Endpoint",
+    "EndpointState", "FailedPrecondition", "FieldViolation", "GenerationParameters", "Hypothesis", "Image",
+    "ImageSource", "InkwellError", "InternalError", "InvalidRequest", "Model", "ModelState", "NotFound", "OcrModel",
+    "Overloaded", "PaintEvent", "PaintResult", "Partial", "PermissionDenied", "Picture", "Pool", "Preview",
+    "Progress", "Queued", "ReadEvent", "ReadResult", "Reading", "Scheduler", "ServedBy", "Started", "Timing", "Token",
+    "TooLarge", "Unauthenticated", "Unavailable", "Unimplemented", "__version__", "embedded_parameters",
+]  # fmt: skip
+
+
+def test_the_names_are_these() -> None:
+    assert sorted(inkwell.__all__) == sorted(NAMES)
+    assert all(hasattr(inkwell, name) for name in NAMES)
+
+
+@pytest.mark.parametrize("client", [inkwell.Client, inkwell.AsyncClient])
+@pytest.mark.parametrize("method", METHODS)
+def test_everything_but_the_subject_is_keyword_only(client: type, method: str) -> None:
+    parameters = list(inspect.signature(getattr(client, method)).parameters.values())[1:]
+    positional = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+    keywords = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
+    assert (positional, keywords) == METHODS[method]
+    assert len(parameters) == len(positional) + len(keywords)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_both_clients_have_the_same_defaults(method: str) -> None:
+    blocking, asynchronous = (
+        {each.name: each.default for each in inspect.signature(getattr(client, method)).parameters.values()}
+        for client in (inkwell.Client, inkwell.AsyncClient)
+    )
+    assert blocking == asynchronous
+
+
+def test_clients_have_no_other_public_methods() -> None:
+    for client in (inkwell.Client, inkwell.AsyncClient):
+        assert {name for name in vars(client) if not name.startswith("_")} == set(METHODS) - {"__init__"}
+
+
+def public_classes() -> list[type]:
+    return [value for name in NAMES if inspect.isclass(value := getattr(inkwell, name))]
+
+
+def test_results_are_frozen_dataclasses_without_protobuf() -> None:
+    results = [each for each in public_classes() if dataclasses.is_dataclass(each)]
+    assert len(results) >= 20
+    for each in results:
+        assert each.__dataclass_params__.frozen, each  # type: ignore[attr-defined]
+        for field in dataclasses.fields(each):
+            assert "pb2" not in str(field.type), field
+
+
+def test_every_error_is_an_inkwell_error_with_a_hint_and_stands_in_the_drawn_tree() -> None:
+    errors = [each for each in public_classes() if issubclass(each, inkwell.InkwellError)]
+    drawing = (sys.modules["inkwell.errors"].__doc__ or "").split()
+    for each in errors:
+        assert each("what happened").hint.endswith(".")
+        assert each.__name__ in drawing
+    subclasses = set(inkwell.InkwellError.__subclasses__())
+    assert subclasses == set(errors) - {inkwell.InkwellError}
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    for each in public_classes():
+        assert each.__doc__, each
+    for client in (inkwell.Client, inkwell.AsyncClient):
+        for method in METHODS:
+            assert getattr(client, method).__doc__, method
+
+
+def test_the_package_is_typed_and_says_its_version() -> None:
+    assert (ROOT / "inkwell" / "py.typed").exists()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert inkwell.__version__ == project.get("version", inkwell.__version__)
+    assert re.fullmatch(r"\d+\.\d+\.\d+", inkwell.__version__)
+    assert project["scripts"]["inkwell"] == "inkwell.cli:main"
+
+
+USERS = """
+from pathlib import Path
+import inkwell
+with inkwell.Client("localhost:1", hardware="cuda, cpu", metadata={"x": "y"}) as client:
+    reading: inkwell.Reading = client.read("line.png")
+    text: str = client.read(Path("line.png"), on_event=print).text
+    for name, got in client.read_many({"a": "a.png"}.items()):
+        line: str = got.text if isinstance(got, inkwell.Reading) else got.hint
+    for event in client.paint_stream("x"):
+        if isinstance(event, inkwell.PaintResult):
+            saved: Path = event.pictures[0].save("x.png")
+async def main() -> None:
+    async with inkwell.AsyncClient() as client:
+        reading: inkwell.Reading = await client.read(b"")
+        async for event in client.read_stream(b""):
+            number: int = event.sequence
+"""
+
+
+def test_programs_type_check_against_it(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    program = tmp_path / "program.py"
+    program.write_text(USERS)
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file", str(ROOT / "pyproject.toml"), str(program)]
+    checked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_wrong_programs_do_not(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import inkwell\nx: int = inkwell.Client().read(b'').text\ninkwell.Client().paint('x', 'model')\n"
+    )
+    command: list[Any] = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), str(program)]
+    checked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert checked.stdout.count("error:") == 2, checked.stdout

@@ -1,0 +1,389 @@
+"""The `inkwell` command: what it prints, writes and ends with."""
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+import inkwell
+from inkwell.cli import main
+from services.kit import faults
+from tests.unit.inkwell.fake_server import InkwellServer
+
+
+@pytest.fixture(autouse=True)
+def address(server: InkwellServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """Every command of this module calls the fake, from an empty folder."""
+    monkeypatch.setenv("INKWELL_ADDRESS", server.address)
+    monkeypatch.chdir(tmp_path)
+    return server.address
+
+
+def line_file(name: str, content: str) -> str:
+    Path(name).write_bytes(content.encode())
+    return name
+
+
+def json_lines(text: str) -> list[dict[str, Any]]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+# --- read ----------------------------------------------------------------------------------------------------------
+
+
+def test_one_image_prints_its_text_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["read", line_file("a.png", "say hello")]) == 0
+    assert capsys.readouterr() == ("hello\n", "")
+
+
+def test_several_images_print_file_and_text_in_the_order_given(capsys: pytest.CaptureFixture[str]) -> None:
+    # The first is answered last.
+    assert main(["read", line_file("a.png", "last"), line_file("b.png", "say two"), "b.png"]) == 0
+    assert capsys.readouterr() == ("a.png\tlast\nb.png\ttwo\nb.png\ttwo\n", "")
+
+
+def test_stdin_is_a_dash(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"say piped")))
+    assert main(["read", "-"]) == 0
+    assert capsys.readouterr().out == "piped\n"
+
+
+def test_alternatives_are_printed_best_first(server: InkwellServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["read", line_file("a.png", "say hello"), "--alternatives", "2"]) == 0
+    assert capsys.readouterr().out == "0.9000\thello\n0.2500\tHELLO\n"
+    assert server.requests[0].decoding.hypothesis_count == 2
+    assert server.requests[0].decoding.beam_width == 4
+
+
+def test_a_beam_width_that_was_given_stays(server: InkwellServer) -> None:
+    image = line_file("a.png", "say a")
+    assert main(["read", image, "--alternatives", "2", "--beam-width", "3", "--max-tokens", "9"]) == 0
+    assert main(["read", image, "--length-penalty", "-0.5", "--model", "m", "--hardware", "cuda!"]) == 0
+    first, second = server.requests
+    assert (first.decoding.beam_width, first.decoding.max_new_token_count) == (3, 9)
+    assert (second.decoding.length_penalty, second.model) == (-0.5, "m")
+    assert server.metadata[1]["inkwell-hardware"] == "cuda!"
+
+
+def test_json_of_one_image(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["read", line_file("a.png", "say hi"), "--json"]) == 0
+    (value,) = json_lines(capsys.readouterr().out)
+    assert value == {
+        "file": "a.png",
+        "text": "hi",
+        "confidence": 0.9,
+        "log_probability": -0.5,
+        "truncated": False,
+        "tokens": [
+            {"id": 0, "text": "h", "log_probability": -0.25, "confidence": 0.75},
+            {"id": 1, "text": "i", "log_probability": -0.25, "confidence": 0.75},
+        ],
+        "alternatives": [{"text": "HI", "confidence": 0.25, "log_probability": -2.0, "score": -0.5}],
+        "timing": {"queue_ms": 1.5, "engine_ms": 20.0},
+        "served_by": {
+            "model": "pen", "hardware": "cpu", "runtime": "torch", "pool": "pool-a", "endpoint": "10.0.0.1:1",
+        },
+    }  # fmt: skip
+
+
+def test_some_of_several_failing_ends_in_1(capsys: pytest.CaptureFixture[str]) -> None:
+    files = [line_file("a.png", "say a"), line_file("b.png", "bad"), line_file("c.png", "say c")]
+    assert main(["read", *files]) == 1
+    out, err = capsys.readouterr()
+    assert out == "a.png\ta\nc.png\tc\n"
+    assert "b.png: image.content: not a picture" in err
+    assert "Traceback" not in err
+
+
+def test_json_has_a_line_for_failures_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["read", "--json", line_file("a.png", "say a"), line_file("b.png", "bad")]) == 1
+    good, bad = json_lines(capsys.readouterr().out)
+    assert good["text"] == "a"
+    assert bad["file"] == "b.png"
+    assert bad["error"]["code"] == "INVALID_ARGUMENT"
+    assert bad["error"]["reason"] == "BAD_IMAGE"
+    assert bad["error"]["fields"][0]["field"] == "image.content"
+    assert main(["read", "--json", "b.png"]) == 2
+    assert json_lines(capsys.readouterr().out)[0]["error"]["reason"] == "BAD_IMAGE"
+
+
+def test_what_was_read_before_a_stream_broke_is_printed(
+    server: InkwellServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.break_batch_after = 2
+    files = [line_file("a.png", "say a"), line_file("b.png", "say b"), line_file("c.png", "say c")]
+    assert main(["read", *files]) == 4
+    out, err = capsys.readouterr()
+    assert out == "a.png\ta\nb.png\tb\n"
+    assert "the engine ended" in err
+
+
+def test_a_text_that_was_cut_off_is_noted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["read", line_file("a.png", "truncated")]) == 0
+    assert "--max-tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "Missing argument"),
+        (["missing.png"], "'missing.png' does not exist"),
+        (["."], "is a directory"),
+        (["-", "-"], "only once"),
+        (["a.png", "--beam-width", "wide"], "--beam-width"),
+        (["a.png", "--nonsense"], "--nonsense"),
+    ],
+)
+def test_wrong_usage_ends_in_2_before_anything_is_sent(
+    server: InkwellServer, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    line_file("a.png", "say a")
+    assert main(["read", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert says in " ".join(err.split())
+    assert not server.requests
+
+
+# --- paint ---------------------------------------------------------------------------------------------------------
+
+
+def test_paint_writes_the_picture_and_prints_its_path(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["paint", "a cat", "-o", "cat.png", "--seed", "7", "--steps", "20"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "cat.png\n"
+    assert inkwell.embedded_parameters("cat.png").seed == 7
+    assert err.splitlines()[:2] == [
+        "inkwell: queued, 3 before this one",
+        "inkwell: started: brush on cpu (torch)",
+    ]
+    # A line for every tenth of the steps, not for every step.
+    assert [line.split(",")[0] for line in err.splitlines()[2:]] == [
+        f"inkwell: step {step}/20" for step in range(2, 21, 2)
+    ]
+
+
+def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["paint", "a cat", "-o", "cat.png", "-q"]) == 0
+    assert capsys.readouterr() == ("cat.png\n", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "format_"), [("a.png", "PNG"), ("a.jpg", "JPEG"), ("a.JPEG", "JPEG"), ("a.webp", "WEBP")]
+)
+def test_the_extension_decides_the_format(name: str, format_: str) -> None:
+    assert main(["paint", "a cat", "-o", name]) == 0
+    with Image.open(name) as image:
+        assert image.format == format_
+
+
+def test_several_pictures_are_numbered(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["paint", "a cat", "-o", "cat.webp", "--count", "3", "--seed", "1"]) == 0
+    assert capsys.readouterr().out == "cat-1.webp\ncat-2.webp\ncat-3.webp\n"
+    assert [inkwell.embedded_parameters(f"cat-{i}.webp").seed for i in (1, 2, 3)] == [1, 2, 3]
+
+
+def test_all_options_reach_the_server(server: InkwellServer) -> None:
+    options = {
+        "--negative": "n", "--steps": "3", "--size": "32x24", "--guidance": "0", "--scheduler": "ddim", "--seed": "0",
+        "--model": "m", "--quality": "80", "--hardware": "rocm",
+    }  # fmt: skip
+    arguments = [part for pair in options.items() for part in pair]
+    assert main(["paint", "a cat", "-o", "cat.jpg", *arguments]) == 0
+    (request,) = server.requests
+    assert (request.prompt, request.negative_prompt, request.model, request.scheduler) == ("a cat", "n", "m", "ddim")
+    assert (request.width, request.height, request.step_count) == (32, 24, 3)
+    assert (request.guidance_scale, request.seed, request.output.quality) == (0.0, 0, 80)
+    assert request.HasField("guidance_scale")
+    assert request.HasField("seed")
+    assert request.preview.disabled  # nobody watches
+    assert server.metadata[0]["inkwell-hardware"] == "rocm"
+
+
+def test_json_of_a_picture(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["paint", "a cat", "-o", "cat.png", "--json", "--seed", "7"]) == 0
+    (value,) = json_lines(capsys.readouterr().out)
+    assert value["file"] == "cat.png"
+    assert value["media_type"] == "image/png"
+    assert value["size_bytes"] == Path("cat.png").stat().st_size
+    assert value["parameters"]["seed"] == 7
+    assert value["parameters"]["step_count"] == 20
+    assert value["timing"] == {"queue_ms": 0.5, "engine_ms": 2000.0}
+    assert value["served_by"]["runtime"] == "torch"
+
+
+@pytest.mark.parametrize("name", ["cat.png", "cat.jpg", "cat.webp"])
+def test_like_repeats_a_picture_byte_for_byte(name: str) -> None:
+    options = ["--seed", "5", "--steps", "7", "--size", "24x16", "--guidance", "1.25", "--scheduler", "ddim", "-n", "x"]
+    assert main(["paint", "ein Käse 🧀", *options, "-o", name]) == 0
+    again = f"again{Path(name).suffix}"
+    assert main(["paint", "--like", name, "-o", again]) == 0
+    assert Path(again).read_bytes() == Path(name).read_bytes()
+
+
+def test_other_options_override_like() -> None:
+    assert main(["paint", "a cat", "--seed", "5", "--steps", "7", "-n", "x", "-o", "cat.png"]) == 0
+    assert main(["paint", "a dog", "--like", "cat.png", "--seed", "6", "-n", "", "-o", "dog.png"]) == 0
+    cat, dog = inkwell.embedded_parameters("cat.png"), inkwell.embedded_parameters("dog.png")
+    assert (dog.prompt, dog.seed, dog.negative_prompt) == ("a dog", 6, "")
+    assert (dog.step_count, dog.guidance_scale, dog.width) == (cat.step_count, cat.guidance_scale, cat.width)
+
+
+def test_a_dash_writes_the_picture_to_stdout(capsysbinary: pytest.CaptureFixture[bytes]) -> None:
+    assert main(["paint", "a cat", "-o", "-"]) == 0
+    assert inkwell.embedded_parameters(capsysbinary.readouterr().out).prompt == "a cat"
+
+
+def test_warnings_go_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["paint", "long " * 100, "-o", "cat.png", "-q"]) == 0
+    assert "cut off after 77 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["a cat"], "--output"),
+        (["-o", "cat.png"], "PROMPT"),
+        (["a cat", "-o", "cat.gif"], "must end in one of: .png"),
+        (["a cat", "-o", "cat"], "must end in one of: .png"),
+        (["a cat", "-o", "nowhere/cat.png"], "there is no directory 'nowhere'"),
+        (["a cat", "-o", "folder.png"], "is a directory"),
+        (["a cat", "-o", "cat.png", "--size", "64"], "WIDTHxHEIGHT"),
+        (["a cat", "-o", "-", "--count", "2"], "one picture"),
+        (["a cat", "-o", "-", "--json"], "--json"),
+        (["-o", "cat.png", "--like", "missing.png"], "No such file"),
+        (["-o", "cat.png", "--like", "plain.png"], "no parameters of Inkwell"),
+    ],
+)
+def test_wrong_painting_ends_in_2_before_anything_is_sent(
+    server: InkwellServer, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    Path("folder.png").mkdir()
+    Image.new("RGB", (4, 4)).save("plain.png")
+    assert main(["paint", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert says in " ".join(err.replace("│", " ").split())
+    assert not server.requests
+
+
+def test_a_picture_that_cannot_be_written_ends_in_1(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("cat-2.png").mkdir()
+    assert main(["paint", "a cat", "-o", "cat.png", "--count", "2", "-q"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "cat-1.png\n"
+    assert "cannot write cat-2.png" in err
+
+
+# --- lists ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_fleet_is_a_line_an_endpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fleet"]) == 0
+    rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert rows[0][:5] == ["POOL", "SERVICE", "HARDWARE", "ENDPOINT", "STATE"]
+    assert rows[1] == ["ocr-cpu", "ocr", "cpu", "10.0.0.1:50051", "ready", "2", "40", "0", ""]
+    assert rows[2][4:] == ["unreachable", "0", "7", "3", "connection refused"]
+    assert rows[3][:5] == ["paint-cuda", "diffusion", "cuda", "dns:///paint:50052", "no endpoint"]
+
+
+def test_the_fleet_may_be_narrowed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fleet", "--service", "ocr", "--hardware", "cpu", "--json"]) == 0
+    (pool,) = json_lines(capsys.readouterr().out)
+    assert pool["name"] == "ocr-cpu"
+    assert pool["endpoints"][1]["state"] == "unreachable"
+
+
+def test_models_and_schedulers_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models"]) == 0
+    out = capsys.readouterr().out
+    assert [line.split("\t")[:3] for line in out.splitlines()[1:]] == [
+        ["pen", "ocr", "ready"],
+        ["brush", "diffusion", "loading"],
+    ]
+    assert main(["models", "--json"]) == 0
+    reader, painter = json_lines(capsys.readouterr().out)
+    assert (reader["service"], reader["default_decoding"]["beam_width"]) == ("ocr", 4)
+    assert (painter["service"], painter["default_guidance_scale"]) == ("diffusion", 2.5)
+    assert main(["schedulers"]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == "euler\tEULER\tTake euler."
+    assert main(["schedulers", "--json"]) == 0
+    assert [each["name"] for each in json_lines(capsys.readouterr().out)] == ["euler", "ddim"]
+
+
+def test_models_of_one_service_are_shown_though_the_other_fails(
+    server: InkwellServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.fail_next.append(faults.failed_precondition("NO_POOL", "no pool reads"))
+    assert main(["models"]) == 7
+    out, err = capsys.readouterr()
+    assert [line.split("\t")[0] for line in out.splitlines()] == ["MODEL", "brush"]
+    assert "models of ocr: no pool reads" in err
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"inkwell {inkwell.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["read", "--help"], ["paint", "-h"], ["fleet", "-h"]])
+def test_help_tells_the_exit_codes(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    assert main(arguments) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Exit codes: 0 done; 1 some of several" in out
+    assert "130 interrupted" in out
+
+
+# --- errors --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "says"),
+    [
+        (faults.invalid_field("decoding.beam_width", "99 is not within 1 to 16"), 2, "Correct --beam-width."),
+        (faults.not_found("model", "x", ["pen"], field="model"), 3, "`inkwell models`"),
+        (faults.unavailable("LOADING", "the model loads", retry_after_ms=10), 4, "Try again in 0.01 s"),
+        (faults.overloaded("QUEUE_FULL", "256 wait", retry_after_ms=1500), 5, "Try again in 1.5 s"),
+        (faults.deadline_too_short("needs 4 s"), 6, "--timeout"),
+        (faults.failed_precondition("NO_HARDWARE", "no cuda here"), 7, "`inkwell fleet`"),
+        (faults.too_large("image.content", "TOO_LARGE", "too many pixels"), 2, "Send less"),
+        (faults.internal("a defect"), 1, "log"),
+    ],
+)
+def test_every_error_has_its_exit_code_and_says_what_to_do(
+    server: InkwellServer, capsys: pytest.CaptureFixture[str], fault: faults.Fault, code: int, says: str
+) -> None:
+    server.fail_next.extend([fault] * 4)
+    assert main(["read", line_file("a.png", "say a")]) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"inkwell: {fault.data.message}\n")
+    assert says in err
+    assert "Traceback" not in err
+
+
+def test_an_unreachable_server_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fleet", "--address", "127.0.0.1:1"]) == 4
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "cannot reach 127.0.0.1:1" in err
+    assert "Check the address" in err
+    assert main(["fleet", "--address", "127.0.0.1:1", "--wait", "0.1"]) == 4
+    assert "no connection within 0.1 s" in capsys.readouterr().err
+
+
+def test_a_timeout_ends_in_6(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["read", line_file("a.png", "hold"), "--timeout", "0.2"]) == 6
+    assert "--timeout" in capsys.readouterr().err
+
+
+def test_hardware_that_no_header_can_carry_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["read", line_file("a.png", "say a"), "--hardware", "cüda"]) == 2
+    assert "Correct --hardware." in capsys.readouterr().err
