@@ -117,7 +117,7 @@ class Endpoint:
             kind = ("unary", "stream")
             make = getattr(self._channel, f"{kind[method.request_streaming]}_{kind[method.response_streaming]}")
             stub = make(method.path)
-            if not method.label.endswith("/other"):  # paths that callers make up are not kept
+            if method.known:  # others are not kept: callers make them up
                 self._stubs[method.path] = stub
         return stub
 

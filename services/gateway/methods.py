@@ -30,6 +30,7 @@ class Method:
     service: str  # configuration name: "ocr"
     request_streaming: bool
     response_streaming: bool
+    known: bool = True  # False for a path that the protos of this build do not have, so the caller may have made it up
 
 
 METHODS: dict[str, Method] = {
@@ -58,4 +59,4 @@ def find(path: str) -> Method | None:
     service = _NAMES.get(full)
     if service is None or not name:
         return None
-    return Method(path, f"{full}/other", service, request_streaming=True, response_streaming=True)
+    return Method(path, f"{full}/other", service, request_streaming=True, response_streaming=True, known=False)

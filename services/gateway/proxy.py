@@ -12,6 +12,7 @@ from services.gateway import metadata, methods
 from services.gateway.feed import RequestFeed
 from services.gateway.methods import FULL_NAMES, Method
 from services.gateway.routed import RoutedCall, Routing
+from services.kit.call import label_method
 from services.kit.errors import DOMAIN
 
 # Opens one attempt: called with the endpoint's multicallable, the timeout and the metadata.
@@ -57,6 +58,8 @@ def _handler(routing: Routing, method: Method) -> grpc.RpcMethodHandler:
             feed.attach(upstream)
             return upstream
 
+        if not method.known:
+            label_method(f"/{method.label}")
         with RoutedCall(routing, method, context) as call:
             call.feed = feed
             try:
@@ -98,8 +101,6 @@ async def _attempts(
         following = await call.again(failure)
         if following is None:
             await call.pass_status(failure)
-            # The status is on the context; this is no message.
-            return None
         endpoint = following
 
 
@@ -122,15 +123,14 @@ async def _relay_stream(call: RoutedCall, upstream: Any) -> None:
 
 
 async def _unrouted(_requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
+    label_method("other")
     routed = ", ".join(FULL_NAMES.values())
     message = f"the gateway does not route this service; it routes: {routed}"
     detail = any_pb2.Any()
     detail.Pack(error_details_pb2.ErrorInfo(reason="SERVICE_NOT_ROUTED", domain=DOMAIN))
     code = grpc.StatusCode.UNIMPLEMENTED
     status = status_pb2.Status(code=code.value[0], message=message, details=[detail])
-    context.set_code(code)
-    context.set_details(message)
-    context.set_trailing_metadata(((metadata.DETAILS_KEY, status.SerializeToString()),))
+    await context.abort(code, message, ((metadata.DETAILS_KEY, status.SerializeToString()),))
 
 
 _UNROUTED = grpc.stream_stream_rpc_method_handler(_unrouted)

@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import dataclass
 from types import TracebackType
+from typing import NoReturn
 
 import grpc
 import structlog
@@ -60,7 +61,7 @@ class RoutedCall:
             self.code = CODES[error.data.kind]
         elif isinstance(error, asyncio.CancelledError):
             self.code = grpc.StatusCode.CANCELLED
-        elif error is not None:
+        elif error is not None and not isinstance(error, grpc.aio.AbortError):
             self.code = grpc.StatusCode.INTERNAL
         pool = self._endpoint.pool if self._endpoint is not None else NO_POOL
         self._metrics.ended(pool, self.method.label, self.code.name)
@@ -158,16 +159,17 @@ class RoutedCall:
         served = self._endpoint.served if self._endpoint is not None else ()
         await self.context.send_initial_metadata(metadata.to_caller(received, served))
 
-    async def pass_status(self, error: grpc.aio.AioRpcError) -> None:
-        """End the call with the endpoint's status, details and trailers."""
+    async def pass_status(self, error: grpc.aio.AioRpcError) -> NoReturn:
+        """End the call with the endpoint's status, details and trailers; raises grpc.aio.AbortError."""
         served: metadata.Metadata = ()
         if not self.answered:
             if error.initial_metadata():
                 await self.send_header(error.initial_metadata())
             elif self._endpoint is not None:
-                # Without a header the caller's own retries still work, so who served goes with the trailers.
+                # Without a header the caller's own retries still work, so who served goes with the trailers. (A status
+                # that is set on the context instead of aborted with would bring a header, of a unary call.)
                 served = self._endpoint.served
         self.code = error.code()
-        self.context.set_code(error.code())
-        self.context.set_details(error.details() or "")
-        self.context.set_trailing_metadata((*metadata.trailers(error.trailing_metadata()), *served))
+        trailing = (*metadata.trailers(error.trailing_metadata()), *served)
+        await self.context.abort(error.code(), error.details() or "", trailing)
+        raise AssertionError("abort returned")

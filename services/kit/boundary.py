@@ -133,11 +133,12 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             )
         finally:
             seconds = time.monotonic() - began
+            counted_as = labels.method or method
             self._metrics.in_flight.dec()
             self._metrics.requests.labels(
-                self._metrics.service, method, code, self._metrics.model_label(labels.model), labels.hardware
+                self._metrics.service, counted_as, code, self._metrics.model_label(labels.model), labels.hardware
             ).inc()
-            self._metrics.request_seconds.labels(self._metrics.service, method).observe(seconds)
+            self._metrics.request_seconds.labels(self._metrics.service, counted_as).observe(seconds)
             log.info(
                 "call",
                 method=method,

@@ -17,6 +17,7 @@ class CallLabels:
 
     model: str = ""
     hardware: str = ""
+    method: str = ""  # instead of the call's own path, where a handler takes paths that callers make up
 
 
 current_labels: contextvars.ContextVar[CallLabels] = contextvars.ContextVar("inkwell_call_labels")
@@ -27,6 +28,13 @@ def label_call(*, model: str, hardware: str) -> None:
     labels = current_labels.get(None)
     if labels is not None:
         labels.model, labels.hardware = model, hardware
+
+
+def label_method(label: str) -> None:
+    """Count the current call under this method, not under its path; for handlers that answer for any path."""
+    labels = current_labels.get(None)
+    if labels is not None:
+        labels.method = label
 
 
 def priority_of(context: grpc.aio.ServicerContext) -> Priority:

@@ -45,13 +45,13 @@ class Backend(grpc.GenericRpcHandler):  # type: ignore[misc]
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
 
-    async def start(self) -> "Backend":
+    async def start(self, host: str = "127.0.0.1") -> "Backend":
         await self._health.set("readiness", health_pb2.HealthCheckResponse.SERVING)
         options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", -1)]
         self._server = grpc.aio.server(options=options)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._server.add_generic_rpc_handlers((self,))
-        self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
+        self.port = self._server.add_insecure_port(f"{host}:{self.port}")
         await self._server.start()
         return self
 

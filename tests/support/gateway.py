@@ -38,6 +38,10 @@ class Gateway:
     async def until_state(self, backend: Backend, state: State) -> None:
         await self.until(lambda: self.endpoint(backend).state is state)
 
+    async def idle(self) -> None:
+        """Return when no call is under way in the gateway: callers have their status a little before."""
+        await self.server._boundary.wait_idle()
+
 
 def pool(name: str, *backends: Backend, service: str = "ocr", hardware: str = "cpu") -> dict[str, Any]:
     """A pool of the configuration file."""
