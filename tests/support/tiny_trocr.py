@@ -63,6 +63,8 @@ def build(
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0.0, 1.0 if "embed" in name else 0.35)
+        # Makes the end token a frequent choice (the embeddings are the output weights too).
+        model.decoder.model.decoder.embed_tokens.weight[EOS] *= 1.5
     model.generation_config = GenerationConfig(
         bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, decoder_start_token_id=BOS
     )

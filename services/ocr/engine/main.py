@@ -1,6 +1,11 @@
 """The engine of the OCR service: one lane a model, stepped in turn."""
 
+import os
 from collections import deque
+
+# Before torch is loaded. Its threads otherwise spin while they wait for each other, and on a machine or in a container
+# whose cores others use too, a decoding step then takes tens of times as long as it should.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import msgspec
 import torch
@@ -33,6 +38,7 @@ class OcrEngine:
         read = _job_decoder.decode(payload)
         self.lanes[read.model].submit(job, read)
 
+    @torch.inference_mode()
     def cancel(self, job: str) -> None:
         """Drop a job; its rows are free at once."""
         if any(lane.cancel(job) for lane in self.lanes.values()):
@@ -43,6 +49,7 @@ class OcrEngine:
         """Whether `step` has something to do."""
         return bool(self._cancelled) or any(lane.busy for lane in self.lanes.values())
 
+    @torch.inference_mode()
     def step(self) -> list[JobEvent]:
         """One encoder micro-batch or one decoding step of the next model that has work."""
         events, self._cancelled = self._cancelled, []
@@ -50,8 +57,7 @@ class OcrEngine:
             self._turns.rotate(-1)
             lane = self.lanes[self._turns[-1]]
             if lane.busy:
-                with torch.inference_mode():
-                    return events + lane.step()
+                return events + lane.step()
         return events
 
 
