@@ -7,7 +7,9 @@ resident size of the front once every engine is ready.
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import grpc
 import psutil
@@ -41,13 +43,14 @@ def run() -> dict[str, Bar]:
 
 
 def _seconds_until_alive(name: str) -> float:
-    began = time.perf_counter()
     ports = dict(zip(local.PORTS, ((port, -1) for port in local.free_ports(3)), strict=True))
-    service = local.spawn(name, ports)
-    try:
-        with grpc.insecure_channel(local.address(ports, name)) as channel:
-            check = health_pb2_grpc.HealthStub(channel).Check
-            check(health_pb2.HealthCheckRequest(service="liveness"), wait_for_ready=True, timeout=60)
-        return time.perf_counter() - began
-    finally:
-        local.stop([service])
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        service = local.spawn(name, ports, Path(folder))
+        try:
+            with grpc.insecure_channel(local.address(ports, name)) as channel:
+                check = health_pb2_grpc.HealthStub(channel).Check
+                check(health_pb2.HealthCheckRequest(service="liveness"), wait_for_ready=True, timeout=60)
+            return time.perf_counter() - began
+        finally:
+            local.stop([service])

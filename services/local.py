@@ -1,7 +1,7 @@
 """Inkwell on one machine: `python -m services.local up | down | demo`, behind the Makefile targets of those names.
 
 Starts the services and a gateway in front of them as processes of their own, as Kubernetes would, on loopback.
-State and logs are kept in .run/: `up.json` names the processes, `<service>.log` holds their JSON log lines.
+State and logs of `up` are kept in .run/: `up.json` names the processes, `<service>.log` holds their JSON log lines.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,13 +51,13 @@ class StartError(RuntimeError):
     """A service did not come up; the message says which and shows the end of its log."""
 
 
-def start(ports: dict[str, tuple[int, int]]) -> list[Service]:
-    """Start the services and the gateway; raises StartError unless all are ready within READY_WITHIN_S."""
+def start(ports: dict[str, tuple[int, int]], folder: Path) -> list[Service]:
+    """Start the services and the gateway, logging to `folder`; raises StartError unless all get ready in time."""
     started: list[Service] = []
     try:
         for name in (*BACKENDS, "gateway"):
-            started.append(spawn(name, ports))
-        _wait_ready(started, address(ports, "gateway"))
+            started.append(spawn(name, ports, folder))
+        _wait_ready(started, address(ports, "gateway"), folder)
     except BaseException:
         stop(started)
         raise
@@ -82,11 +83,12 @@ def running_on_free_ports() -> Iterator[dict[str, Service]]:
     """Everything, on ports that nobody else has; yields the services by name and stops them afterwards."""
     names = (*BACKENDS, "gateway")
     ports = dict(zip(names, ((port, -1) for port in free_ports(len(names))), strict=True))
-    services = start(ports)
-    try:
-        yield {service.name: service for service in services}
-    finally:
-        stop(services)
+    with tempfile.TemporaryDirectory(prefix="inkwell-") as folder:
+        services = start(ports, Path(folder))
+        try:
+            yield {service.name: service for service in services}
+        finally:
+            stop(services)
 
 
 def free_ports(count: int) -> list[int]:
@@ -111,8 +113,8 @@ def address(ports: dict[str, tuple[int, int]], name: str) -> str:
     return f"127.0.0.1:{ports[name][0]}"
 
 
-def spawn(name: str, ports: dict[str, tuple[int, int]]) -> Service:
-    """Start one service's process; `ports` gives each service's gRPC and metrics port."""
+def spawn(name: str, ports: dict[str, tuple[int, int]], folder: Path) -> Service:
+    """Start one service's process, logging to `folder`; `ports` gives each service's gRPC and metrics port."""
     port, metrics_port = ports[name]
     prefix = f"INKWELL_{name.upper()}_"
     environment = {
@@ -120,10 +122,10 @@ def spawn(name: str, ports: dict[str, tuple[int, int]]) -> Service:
         f"{prefix}PORT": str(port),
         f"{prefix}METRICS_PORT": str(metrics_port),
     }
-    RUN.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
     if name == "gateway":
-        environment[f"{prefix}CONFIG"] = str(_write_gateway_config(ports))
-    with (RUN / f"{name}.log").open("wb") as log:
+        environment[f"{prefix}CONFIG"] = str(_write_gateway_config(ports, folder))
+    with (folder / f"{name}.log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", f"services.{name}"],
             cwd=ROOT,
@@ -134,27 +136,27 @@ def spawn(name: str, ports: dict[str, tuple[int, int]]) -> Service:
             # A session of its own: Ctrl-C stops this program first, which then stops them in order; and `up` may end.
             start_new_session=True,
         )
-    _children.append(process)
+    _children[process.pid] = process
     return Service(name, process.pid, address(ports, name))
 
 
-# A Popen object that goes while its process runs makes Python warn; `up` means to leave them running.
-_children: list[subprocess.Popen[bytes]] = []
+# Kept, because only their parent can tell a process that ended from a zombie, and Python warns when one is forgotten.
+_children: dict[int, subprocess.Popen[bytes]] = {}
 
 
-def _write_gateway_config(ports: dict[str, tuple[int, int]]) -> Path:
+def _write_gateway_config(ports: dict[str, tuple[int, int]], folder: Path) -> Path:
     config = {
         "pools": [
             {"name": f"{name}-local", "service": name, "hardware": hardware_label(), "targets": [address(ports, name)]}
             for name in BACKENDS
         ]
     }
-    path = RUN / "gateway.yaml"
+    path = folder / "gateway.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     return path
 
 
-def _wait_ready(services: list[Service], gateway: str) -> None:
+def _wait_ready(services: list[Service], gateway: str, folder: Path) -> None:
     deadline = time.monotonic() + READY_WITHIN_S
     waiting = set(BACKENDS)
     with grpc.insecure_channel(gateway) as channel:
@@ -162,7 +164,7 @@ def _wait_ready(services: list[Service], gateway: str) -> None:
         while waiting:
             for service in services:
                 if _process_of(service) is None:
-                    raise StartError(f"{service.name} ended while starting.\n{_log_tail(service.name)}")
+                    raise StartError(f"{service.name} ended while starting.\n{_log_tail(folder, service.name)}")
             for name in sorted(waiting):
                 try:
                     answer = check(health_pb2.HealthCheckRequest(service=BACKENDS[name]), timeout=1)
@@ -173,24 +175,27 @@ def _wait_ready(services: list[Service], gateway: str) -> None:
                     print(f"  {name} is ready", flush=True)
             if waiting and time.monotonic() > deadline:
                 late = sorted(waiting)[0]
-                raise StartError(f"{late} was not ready within {READY_WITHIN_S:.0f} s.\n{_log_tail(late)}")
+                raise StartError(f"{late} was not ready within {READY_WITHIN_S:.0f} s.\n{_log_tail(folder, late)}")
             time.sleep(0.1)
 
 
 def _process_of(service: Service) -> psutil.Process | None:
     """The service's process, None when it is gone (also when another program got its number since)."""
+    child = _children.get(service.pid)
+    if child is not None and child.poll() is not None:
+        return None
     try:
         process = psutil.Process(service.pid)
-        ours = f"services.{service.name}" in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE
+        ours = child is not None or f"services.{service.name}" in process.cmdline()
     except psutil.Error:
         return None
     return process if ours else None
 
 
-def _log_tail(name: str, lines: int = 15) -> str:
-    log = RUN / f"{name}.log"
+def _log_tail(folder: Path, name: str, lines: int = 15) -> str:
+    log = folder / f"{name}.log"
     tail = log.read_text(errors="replace").splitlines()[-lines:] if log.exists() else []
-    return "\n".join([f"The end of {log.relative_to(ROOT)}:", *tail])
+    return "\n".join([f"The end of its log, {log}:", *tail])
 
 
 # --- up and down ---
@@ -204,7 +209,7 @@ def up() -> int:
         _print_addresses(running)
         return 0
     print("· starting ocr, diffusion and the gateway", flush=True)
-    services = start(PORTS)
+    services = start(PORTS, RUN)
     STATE.write_text(json.dumps([vars(service) for service in services]))
     _print_addresses(services)
     print("Try: .venv/bin/inkwell fleet")
