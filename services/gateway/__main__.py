@@ -78,7 +78,12 @@ def main() -> None:
     try:
         settings = Settings() if arguments.config is None else Settings(config=arguments.config)
         server = build(settings)
-    except (ConfigError, pydantic.ValidationError) as error:
+    except pydantic.ValidationError as error:
+        for wrong in error.errors():
+            setting = "INKWELL_GATEWAY_" + "_".join(str(part) for part in wrong["loc"]).upper()
+            print(f"gateway: {setting}: {wrong['msg']}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except ConfigError as error:
         print(f"gateway: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     run(server)
