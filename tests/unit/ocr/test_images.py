@@ -175,11 +175,8 @@ def png(width: int, height: int, packed: bytes) -> bytes:
 
 
 def test_a_decompression_bomb_is_refused_by_its_header(monkeypatch: pytest.MonkeyPatch) -> None:
-    # 30,000 x 30,000 grey pixels in about a megabyte.
-    packer = zlib.compressobj(9)
-    rows = b"".join(packer.compress(bytes(30_001 * 1000)) for _ in range(30)) + packer.flush()
-    bomb = png(30_000, 30_000, rows)
-    assert len(bomb) < 1_500_000
+    # The beginning of 30,000 x 30,000 grey pixels; all of them are a megabyte and take seconds to pack.
+    bomb = png(30_000, 30_000, zlib.compress(bytes(30_001 * 1000)))
     monkeypatch.delattr(ImageFile.ImageFile, "load")  # no pixel may be decoded
     fault = fault_of(bomb, Limits(max_bytes=20_000_000, max_pixels=50_000_000, min_side=4))
     assert (fault.data.kind, fault.data.reason) == (Kind.TOO_LARGE, "IMAGE_TOO_MANY_PIXELS")
@@ -219,10 +216,13 @@ def test_damage_anywhere_gives_an_image_or_a_fault_and_nothing_else(data: st.Dat
     content = bytearray(encoded(two_tone("RGB", (9, 9, 9), (200, 200, 200)), kind))
     for _ in range(data.draw(st.integers(1, 6))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    outcome: Line | Fault
     try:
-        line = images.decode(bytes(content), LIMITS)
+        outcome = images.decode(bytes(content), LIMITS)
     except Fault as fault:
-        assert fault.data.kind in (Kind.INVALID_ARGUMENT, Kind.TOO_LARGE)
-        assert fault.data.fields[0].field == "image.content"
+        outcome = fault
+    if isinstance(outcome, Line):
+        assert len(outcome.pixels) == outcome.width * outcome.height * 3 <= LIMITS.max_pixels * 3
     else:
-        assert len(line.pixels) == line.width * line.height * 3 <= LIMITS.max_pixels * 3
+        assert outcome.data.kind in (Kind.INVALID_ARGUMENT, Kind.TOO_LARGE)
+        assert outcome.data.fields[0].field == "image.content"
