@@ -54,12 +54,12 @@ class Lane:
     max_rows: int
     encoder_batch_size: int
     encoder_step_s: float
-    _waiting: deque[_Waiting] = field(default_factory=deque)
-    _accepted: deque[_Waiting] = field(default_factory=deque)
-    _readings: list[_Reading] = field(default_factory=list)
+    _waiting: deque[_Waiting] = field(default_factory=deque, init=False)
+    _accepted: deque[_Waiting] = field(default_factory=deque, init=False)
+    _readings: list[_Reading] = field(default_factory=list, init=False)
     _rows: Rows = field(init=False)
-    _encoder_turn: bool = True
-    _image_s: float = 0.0  # what encoding one image takes, a moving average
+    _encoder_turn: bool = field(default=True, init=False)
+    _image_s: float = field(default=0.0, init=False)  # what encoding one image takes, a moving average
 
     def __post_init__(self) -> None:
         self._rows = Rows(self.model.networks)

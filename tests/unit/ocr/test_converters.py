@@ -1,6 +1,7 @@
 """Requests to domain structs: defaults of the model, ranges, names."""
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -46,7 +47,7 @@ numbers = st.none() | st.integers(-(2**31), 2**31 - 1) | st.integers(-2, 20)
 def test_options_are_taken_as_they_are_or_named(
     width: int | None, count: int | None, length: int | None, penalty: float | None
 ) -> None:
-    given_options = {
+    given_options: dict[str, Any] = {
         "beam_width": width,
         "hypothesis_count": count,
         "max_new_token_count": length,

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def test_the_tiny_model_is_a_real_trial(engine: OcrEngine) -> None:
     ids=str,
 )
 def test_other_models_and_their_generation_configs_equal_generate(
-    tmp_path: Path, build: dict, generation: dict
+    tmp_path: Path, build: dict[str, Any], generation: dict[str, Any]
 ) -> None:
     # Compared with the model in memory: loading leaves the library's own sinusoidal table empty.
     model = tiny_trocr.build(**build)

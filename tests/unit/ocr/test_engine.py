@@ -19,10 +19,8 @@ from tests.support import tiny_trocr
 from tests.support.reading import GREEDY, Reader, beams, scribble
 
 
-def lane_of(engine: OcrEngine, **options: int) -> tuple[OcrEngine, Lane]:
-    lane = Lane(
-        engine.lanes["tiny"].model, **{"max_rows": 32, "encoder_batch_size": 8, "encoder_step_s": 10, **options}
-    )
+def lane_of(engine: OcrEngine, max_rows: int = 32, encoder_batch_size: int = 8) -> tuple[OcrEngine, Lane]:
+    lane = Lane(engine.lanes["tiny"].model, max_rows, encoder_batch_size, encoder_step_s=10.0)
     return OcrEngine({"tiny": lane}), lane
 
 

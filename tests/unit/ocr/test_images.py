@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -35,7 +36,7 @@ def fault_of(content: bytes, limits: Limits = LIMITS) -> Fault:
     return caught.value
 
 
-def two_tone(mode: str, left: object, right: object) -> Image.Image:
+def two_tone(mode: str, left: Any, right: Any) -> Image.Image:
     """16x8, one value in the left half and another in the right one."""
     image = Image.new(mode, (16, 8), right)
     image.paste(left, (0, 0, 8, 8))
@@ -69,7 +70,7 @@ def test_every_accepted_format_gives_its_pixels(kind: str) -> None:
     ],
 )
 def test_every_mode_becomes_rgb_on_white(
-    mode: str, left: object, right: object, kind: str, wanted: tuple[tuple[int, ...], tuple[int, ...]]
+    mode: str, left: Any, right: Any, kind: str, wanted: tuple[tuple[int, ...], tuple[int, ...]]
 ) -> None:
     line = images.decode(encoded(two_tone(mode, left, right), kind), LIMITS)
     assert (pixel(line, 1, 1), pixel(line, 14, 6)) == wanted
