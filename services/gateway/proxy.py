@@ -117,7 +117,7 @@ async def _relay_stream(call: RoutedCall, upstream: Any) -> None:
     await call.send_header(await upstream.initial_metadata())
     while message is not grpc.aio.EOF:
         # One message at a time: a caller that reads slowly slows the endpoint down, and nothing piles up here.
-        await call.context.write(message)
+        await call.write(message)
         message = await upstream.read()
     call.context.set_trailing_metadata(metadata.trailers(await upstream.trailing_metadata()))
 

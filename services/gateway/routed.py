@@ -21,6 +21,8 @@ from services.kit.call import time_left
 from services.kit.errors import CODES
 from services.kit.faults import Fault
 
+_CANCELLED_WITHIN_S = 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class Routing:
@@ -157,7 +159,24 @@ class RoutedCall:
         if self.feed is not None:
             self.feed.commit()
         served = self._endpoint.served if self._endpoint is not None else ()
-        await self.context.send_initial_metadata(metadata.to_caller(received, served))
+        try:
+            await self.context.send_initial_metadata(metadata.to_caller(received, served))
+        except grpc.aio.InternalError:
+            await self._until_cancelled()
+            raise
+
+    async def write(self, message: bytes) -> None:
+        """Send the caller one message of a stream."""
+        try:
+            await self.context.write(message)
+        except grpc.aio.InternalError:
+            await self._until_cancelled()
+            raise
+
+    async def _until_cancelled(self) -> None:
+        # Sending fails when the caller is gone, and grpc.aio is about to cancel this handler for it. Wait for that, so
+        # that the call ends as every cancelled one does and not as a defect.
+        await asyncio.sleep(_CANCELLED_WITHIN_S)
 
     async def pass_status(self, error: grpc.aio.AioRpcError) -> NoReturn:
         """End the call with the endpoint's status, details and trailers; raises grpc.aio.AbortError."""

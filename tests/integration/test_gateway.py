@@ -247,6 +247,10 @@ async def test_a_deadline_within_the_margin_is_refused_at_the_door(backend: Back
     assert backend.call_count == 0
 
 
+def counted(gateway: Gateway, name: str, **labels: str) -> float:
+    return gateway.server.metrics.registry.get_sample_value(name, {"pool": "ocr-cpu", **labels}) or 0
+
+
 async def forever(_requests: AsyncIterator[bytes], _context: Any) -> AsyncGenerator[bytes, None]:
     await asyncio.Event().wait()
     yield b""
@@ -302,6 +306,9 @@ async def test_a_caller_that_reads_slowly_slows_the_endpoint(backend: Backend, g
             await asyncio.wait_for(asyncio.Event().wait(), 0.2)
     assert produced < 300
     call.cancel()
+    await backend.cancelled.wait()
+    await gateway.idle()
+    assert counted(gateway, "inkwell_gateway_requests_total", method=SERVER_STREAM[1:], code="CANCELLED") == 1
 
 
 @pytest.mark.parametrize("kind", ["unary", "bidi"])

@@ -86,14 +86,17 @@ class Backend(grpc.GenericRpcHandler):  # type: ignore[misc]
                 async with contextlib.aclosing(self.behaviour(requests, context)) as produced:
                     async for message in produced:
                         yield message
-            except asyncio.CancelledError:
+            except (asyncio.CancelledError, GeneratorExit):  # the latter if it stood in a write
                 self.cancelled.set()
                 raise
 
         async def to_many(request: Any, context: grpc.aio.ServicerContext) -> None:
             async with contextlib.aclosing(produce(request if arity[0] else _one(request), context)) as produced:
                 async for message in produced:
-                    await context.write(message)
+                    try:
+                        await context.write(message)
+                    except grpc.aio.InternalError:
+                        return  # the caller is gone
 
         async def to_one(request: Any, context: grpc.aio.ServicerContext) -> bytes | None:
             messages = [message async for message in produce(request if arity[0] else _one(request), context)]
