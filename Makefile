@@ -11,7 +11,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH_INDEX ?=
 VENV := .venv
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip --disable-pip-version-check --quiet
+PIP := $(RUN) -m pip --disable-pip-version-check
+# Errors only; what goes on is said here, a line a step.
+QUIET := --quiet --quiet
 
 help:  ## Show these lines
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,16 +69,16 @@ $(VENV)/.torch: requirements/torch.txt | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.requirements: requirements/cpu.txt $(VENV)/.torch
-	@echo "· installing the other libraries"
-	@$(PIP) install -r requirements/cpu.txt
+	@echo "· installing $$(grep -c == requirements/cpu.txt) other libraries (a minute or two)"
+	@$(PIP) install $(QUIET) -r requirements/cpu.txt
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml hatch_build.py protos/generate.py $(shell find protos -name '*.proto') $(VENV)/.requirements
 	@echo "· generating the protobuf modules and installing inkwell"
-	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@$(PIP) install $(QUIET) --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(VENV)/.installed-dev: requirements/dev.txt $(VENV)/.installed
 	@echo "· installing the test tools"
-	@$(PIP) install -r requirements/dev.txt
+	@$(PIP) install $(QUIET) -r requirements/dev.txt
 	@touch $@

@@ -3,7 +3,10 @@
 import subprocess
 import sys
 
+import psutil
 import pytest
+
+from services import local
 
 HEAVY = ("torch", "transformers", "diffusers")
 
@@ -16,7 +19,5 @@ def test_the_front_process_loads_no_ml_library(service: str) -> None:
 
 
 @pytest.mark.parametrize("service", ["ocr", "diffusion"])
-def test_the_front_process_stays_small_while_its_engine_serves(fleet: dict, service: str) -> None:
-    import psutil
-
+def test_the_front_process_stays_small_while_its_engine_serves(fleet: dict[str, local.Service], service: str) -> None:
     assert psutil.Process(fleet[service].pid).memory_info().rss < 150e6

@@ -10,6 +10,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import inkwell
+from inkwell.common.v1 import common_pb2
 from inkwell.ocr.v1 import ocr_pb2, ocr_pb2_grpc
 from services import local
 
@@ -82,7 +83,7 @@ def test_through_the_gateway_reads_survive_a_kill(own_fleet: dict[str, local.Ser
     followed.wait_for(True)
     channel = grpc.insecure_channel(own_fleet["gateway"].address, options=[("grpc.enable_retries", 0)])
     recognize = ocr_pb2_grpc.OcrServiceStub(channel).Recognize
-    request = ocr_pb2.RecognizeRequest(image={"content": sample})
+    request = ocr_pb2.RecognizeRequest(image=common_pb2.Image(content=sample))
     texts: list[str] = []
     failures: list[BaseException] = []
     under_way = threading.Event()
