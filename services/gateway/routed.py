@@ -190,5 +190,9 @@ class RoutedCall:
                 served = self._endpoint.served
         self.code = error.code()
         trailing = (*metadata.trailers(error.trailing_metadata()), *served)
-        await self.context.abort(error.code(), error.details() or "", trailing)
+        try:
+            await self.context.abort(error.code(), error.details() or "", trailing)
+        except grpc.aio.InternalError:
+            await self._until_cancelled()
+            raise
         raise AssertionError("abort returned")
