@@ -1,11 +1,20 @@
-"""Makes a whole Stable Diffusion folder with random weights in a second or two: every part real, only small."""
+"""Makes whole Stable Diffusion folders with random weights in a second or two: every part real, only small."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 TOKENS_MOST = 16
@@ -91,4 +100,57 @@ def make_folder(folder: Path, schedule: dict[str, Any] = ZERO_SNR, *, preview: b
             num_decoder_blocks=(1, 1, 1, 1),
         )
         small.save_pretrained(folder / "preview_autoencoder", safe_serialization=True)
+    return folder
+
+
+def make_flow_folder(folder: Path) -> Path:
+    """Write a Stable Diffusion 3 pipeline: a transformer, flow matching, two text encoders, no unet."""
+    torch.manual_seed(20261122)
+    words = tokenizer()
+    text = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=TOKENS_MOST,
+        projection_dim=32,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+    )
+    transformer = SD3Transformer2DModel(
+        sample_size=SIDE // 8,
+        patch_size=2,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=64,
+        caption_projection_dim=32,
+        pooled_projection_dim=64,
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 16, 16),
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=4,
+        sample_size=SIDE,
+        shift_factor=0.06,
+        mid_block_add_attention=False,
+    )
+    pipeline = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=CLIPTextModelWithProjection(text),
+        tokenizer=words,
+        text_encoder_2=CLIPTextModelWithProjection(text),
+        tokenizer_2=words,
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+    pipeline.save_pretrained(folder, safe_serialization=True)
     return folder

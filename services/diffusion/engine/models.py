@@ -96,9 +96,10 @@ def _load_pipeline(name: str, source: str, dtype: torch.dtype) -> Any:
     options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
     folder = Path(source)
     if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise ModelError(f"model {name}: {folder} is not a diffusers folder: it has no model_index.json")
-        _refuse_pickles(name, folder)
+        index = _read_index(name, folder / "model_index.json")
+        _refuse_pickles(name, folder, index)
+        # diffusers insists on some parts even where the folder itself says that it has none.
+        options.update({part: None for part, described in index.items() if described == [None, None]})
         where = str(folder)
         options["local_files_only"] = True
     elif match := _HUB_ID.fullmatch(source):
@@ -117,9 +118,20 @@ def _load_pipeline(name: str, source: str, dtype: torch.dtype) -> Any:
     return pipeline
 
 
-def _refuse_pickles(name: str, folder: Path) -> None:
+def _read_index(name: str, file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise ModelError(f"model {name}: {file.parent} is not a diffusers folder: it has no model_index.json")
+    try:
+        index = json.loads(file.read_text())
+    except ValueError as error:
+        raise ModelError(f"model {name}: {file} is not JSON: {error}") from error
+    if not isinstance(index, dict):
+        raise ModelError(f"model {name}: {file} is not a JSON object")
+    return index
+
+
+def _refuse_pickles(name: str, folder: Path, index: dict[str, Any]) -> None:
     """Say clearly which part has no safetensors, instead of diffusers' general complaint."""
-    index = json.loads((folder / "model_index.json").read_text())
     for part, described in index.items():
         place = folder / part
         if not isinstance(described, list) or not place.is_dir() or any(place.glob("*.safetensors")):

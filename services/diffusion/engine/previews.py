@@ -28,7 +28,8 @@ class Prediction:
         # `wraps` keeps the signature: pipelines look at it to learn whether the scheduler takes a generator.
         @functools.wraps(step)
         def noting(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self._understood:
+            # Second-order schedulers evaluate once more at a noise level of their own making; the first one will do.
+            if self._understood and getattr(scheduler, "state_in_first_order", True):
                 self._noted = (model_output, sample, self._sigma(timestep))
             return step(model_output, timestep, sample, *args, **kwargs)
 

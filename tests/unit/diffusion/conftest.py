@@ -89,6 +89,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "zero-snr": tiny_diffusion.make_folder(root / "zero-snr", tiny_diffusion.ZERO_SNR),
         "plain": tiny_diffusion.make_folder(root / "plain", tiny_diffusion.PLAIN, preview=False),
+        "flow": tiny_diffusion.make_flow_folder(root / "flow"),
     }
 
 

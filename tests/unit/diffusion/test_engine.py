@@ -190,6 +190,37 @@ class TestTurns:
             assert not torch.is_grad_enabled()
 
 
+class TestFlowMatchingTransformers:
+    """Nothing is particular to Stable Diffusion's UNet: here a Stable Diffusion 3 with a transformer."""
+
+    def test_are_painted_and_shared_like_any_other(self, driver: Driver) -> None:
+        job = paint_job(model="flow", scheduler="flow_euler", step_count=5, image_count=2)
+        alone = driver.paint(job)
+        driver.submit("job", job)
+        driver.submit("neighbour", paint_job())
+        driver.finish()
+        assert driver.painted("job") == alone
+        assert [update.step for update in driver.updates("job")] == [1, 2, 3, 4, 5]
+        assert (
+            alone.images[1]
+            == driver.paint(paint_job(model="flow", scheduler="flow_euler", step_count=5, seed=8)).images[0]
+        )
+
+    def test_say_what_they_take(self, driver: Driver) -> None:
+        info = driver.engine.info().model("flow")
+        assert info is not None
+        assert (info.pipeline, info.schedulers, info.default_scheduler) == (
+            "StableDiffusion3Pipeline",
+            ("flow_euler",),
+            "flow_euler",
+        )
+        assert (info.default_width, info.size_multiple, info.prompt_token_limit) == (32, 16, 14)
+
+    def test_take_every_multiple_they_name(self, driver: Driver) -> None:
+        content = driver.paint(paint_job(model="flow", scheduler="flow_euler", width=48, height=16)).images[0]
+        assert Image.open(io.BytesIO(content)).size == (48, 16)
+
+
 class TestReports:
     @pytest.mark.parametrize(
         ("scheduler", "step_count"), [("ddim", 1), ("ddim", 7), ("pndm", 7), ("kdpm2", 7), ("lcm", 7), ("dpmpp_2s", 7)]
@@ -221,7 +252,7 @@ class TestReports:
         driver.submit("job", paint_job(model="plain", preview_interval=1))
         driver.finish()
         assert all(isinstance(update, StepDone) for update in driver.updates("job"))
-        assert [model.has_preview_autoencoder for model in driver.engine.info().models] == [True, False]
+        assert [model.has_preview_autoencoder for model in driver.engine.info().models] == [True, False, False]
 
     def test_warns_of_the_part_of_a_prompt_that_was_cut_off(self, driver: Driver) -> None:
         # The tiny tokenizer makes one token of each letter and takes in 14.

@@ -69,6 +69,13 @@ def test_a_folder_that_is_no_pipeline(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_an_index_that_cannot_be_read(tmp_path: Path, text: str) -> None:
+    (tmp_path / "model_index.json").write_text(text)
+    with pytest.raises(ModelError, match="is not "):
+        load(tmp_path)
+
+
 def test_pickled_weights_are_refused_by_part(folder: Path) -> None:
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     torch.save(load_file(weights), folder / "unet" / "diffusion_pytorch_model.bin")

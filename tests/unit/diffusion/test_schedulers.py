@@ -11,6 +11,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEuler
 
 from services.diffusion import metadata
 from services.diffusion.engine import schedulers
+from services.diffusion.engine.previews import Prediction
 from services.diffusion.scheduler_table import TABLE
 from tests.support import tiny_diffusion
 from tests.unit.diffusion.conftest import Driver, paint_job
@@ -105,6 +106,28 @@ def test_a_perfect_model_is_followed_to_its_picture(name: str, own: Any) -> None
         alpha = max(float(scheduler.alphas_cumprod[int(timestep)]), 2**-24)
         sample = scheduler.step(model(scaled, alpha), timestep, sample, return_dict=False)[0]
     assert float((sample - clean).abs().max()) < 0.1
+
+
+@pytest.mark.parametrize("kind", ["plain", "zero-snr", "flow"])
+def test_previews_show_what_the_model_believes(kind: str) -> None:
+    """From a perfect model's answers the clean latents come out at every step, whatever the scheduler."""
+    clean = torch.linspace(-1, 1, 64).reshape(1, 4, 4, 4)
+    for name in served(kind).fit:
+        scheduler = served(kind).make(name, 12)
+        prediction = Prediction(scheduler)
+        assert prediction.clean_latents() is None
+        scheduler.set_timesteps(12)
+        noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+        sample = noise * float(getattr(scheduler, "init_noise_sigma", 1.0))
+        for timestep in scheduler.timesteps:
+            seen = scheduler.scale_model_input(sample, timestep) if kind != "flow" else sample
+            sample = scheduler.step(
+                schedulers._output_for(scheduler, seen, timestep, clean), timestep, sample, return_dict=False
+            )[0]
+            believed = prediction.clean_latents()
+            assert believed is not None
+            # Schedulers round timesteps, and around pure noise a rounded timestep is a different noise level.
+            assert float((believed - clean).abs().mean()) < 0.2, (name, timestep)
 
 
 def test_a_sigma_scheduler_starts_where_a_zero_snr_model_was_trained_to_start() -> None:
