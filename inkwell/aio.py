@@ -8,6 +8,7 @@ from typing import Any, Self, TypeVar
 import grpc
 
 from inkwell import converters, types
+from inkwell.aio_stream import messages
 from inkwell.batch import WINDOW, BatchBook, BatchItem, Outcome
 from inkwell.channel import DEFAULT_TIMEOUT_S, call_metadata, open_aio_channel, wait_until_ready_async
 from inkwell.converters import PaintOptions, ReadOptions, Service
@@ -305,7 +306,7 @@ class AsyncClient:
         sender = asyncio.create_task(send())
         served: types.ServedBy | None = None
         try:
-            async for response in call:
+            async for response in messages(call):
                 served = served or converters.served_by(await call.initial_metadata())
                 for failure in book.failures():
                     yield failure
