@@ -11,7 +11,7 @@ from torch import Tensor
 
 from services.kit import faults
 from services.kit.engine_api import Accepted, Failed, Finished, JobEvent, Raw, Update
-from services.ocr.domain import Hypothesis, Partial, ReadJob, Recognition, Token
+from services.ocr.domain import Decoding, Hypothesis, Partial, ReadJob, Recognition, Token
 from services.ocr.engine import search
 from services.ocr.engine.model import ReadingModel, Ruling
 from services.ocr.engine.search import Beam, Candidates, Search
@@ -25,7 +25,8 @@ class _Reading:
     """A line that is being decoded, with its image and rows in the model's `Rows`."""
 
     job_id: str
-    job: ReadJob
+    decoding: Decoding  # not the job, whose pixels may go once they are encoded
+    partials: bool
     search: Search
     ruling: Ruling | None
     image: int
@@ -40,6 +41,10 @@ class _Reading:
 class _Waiting:
     job_id: str
     job: ReadJob
+
+    @property
+    def decoding(self) -> Decoding:
+        return self.job.decoding
 
 
 @dataclass
@@ -107,11 +112,11 @@ class Lane:
 
     def _accept(self) -> list[JobEvent]:
         taken: list[_Waiting | _Reading] = [*self._accepted, *self._readings]
-        reserved = sum(line.job.decoding.beam_width for line in taken)
+        reserved = sum(line.decoding.beam_width for line in taken)
         events: list[JobEvent] = []
-        while self._waiting and reserved + self._waiting[0].job.decoding.beam_width <= self.max_rows:
+        while self._waiting and reserved + self._waiting[0].decoding.beam_width <= self.max_rows:
             waiting = self._waiting.popleft()
-            reserved += waiting.job.decoding.beam_width
+            reserved += waiting.decoding.beam_width
             self._accepted.append(waiting)
             events.append(Accepted(waiting.job_id))
         return events
@@ -127,11 +132,12 @@ class Lane:
         taken = (time.perf_counter() - began) / len(lines)
         self._image_s = taken if not self._image_s else 0.8 * self._image_s + 0.2 * taken
         for offset, (line, row) in enumerate(zip(lines, rows, strict=True)):
-            decoding = line.job.decoding
+            decoding = line.decoding
             self._readings.append(
                 _Reading(
                     job_id=line.job_id,
-                    job=line.job,
+                    decoding=decoding,
+                    partials=line.job.partials,
                     search=search.start(decoding, eos_ids=self.model.eos_ids, early_stopping=self.model.early_stopping),
                     ruling=self.model.ruling(decoding),
                     image=first_image + offset,
@@ -175,7 +181,7 @@ class Lane:
         self._readings = [reading for reading, _ in going_on]
 
     def _partial(self, reading: _Reading) -> list[JobEvent]:
-        if not reading.job.partials:
+        if not reading.partials:
             return []
         ids = reading.search.beams[0].ids
         # A character that several tokens make up shows as U+FFFD until its last one is there.
@@ -186,7 +192,7 @@ class Lane:
         return [Update(reading.job_id, Raw(_encoder.encode(Partial(text, len(ids)))))]
 
     def _recognition(self, reading: _Reading) -> Recognition:
-        decoding = reading.job.decoding
+        decoding = reading.decoding
         results = reading.search.results()[: decoding.hypothesis_count]
         best = results[0][0]
         forced_end = self.model.generation.forced_eos_token_id is not None

@@ -2,6 +2,8 @@
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 from typing import Any
 
@@ -14,6 +16,9 @@ from services.kit.faults import Fault, Kind
 from services.ocr import images
 from services.ocr.domain import Line
 from services.ocr.images import Limits
+
+# pytest undoes the filter that the module sets; the test at the end looks at it in a process of its own.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 
 LIMITS = Limits(max_bytes=5_000_000, max_pixels=1_000_000, min_side=4)
 
@@ -227,3 +232,14 @@ def test_damage_anywhere_gives_an_image_or_a_fault_and_nothing_else(data: st.Dat
     else:
         assert outcome.data.kind in (Kind.INVALID_ARGUMENT, Kind.TOO_LARGE)
         assert outcome.data.fields[0].field == "image.content"
+
+
+def test_warnings_of_the_decoder_stay_out_of_the_log() -> None:
+    content = encoded(noise((100, 40)), "TIFF")[:20]
+    program = (
+        "from services.ocr import images\n"
+        f"try: images.decode({content!r}, images.Limits(10**6, 10**6, 1))\n"
+        "except images.Fault as fault: print(fault.data.reason)"
+    )
+    done = subprocess.run([sys.executable, "-W", "default", "-c", program], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("IMAGE_DAMAGED\n", "")
