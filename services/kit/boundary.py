@@ -84,17 +84,13 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 else:
                     await produced  # a handler that writes through the context
 
-        if handler.response_streaming:
-            make = (
-                grpc.stream_stream_rpc_method_handler
-                if handler.request_streaming
-                else (grpc.unary_stream_rpc_method_handler)
-            )
-            return make(to_stream, deserializer, handler.response_serializer)
-        make = (
-            grpc.stream_unary_rpc_method_handler if handler.request_streaming else (grpc.unary_unary_rpc_method_handler)
-        )
-        return make(to_one, deserializer, handler.response_serializer)
+        make = {
+            (False, False): grpc.unary_unary_rpc_method_handler,
+            (False, True): grpc.unary_stream_rpc_method_handler,
+            (True, False): grpc.stream_unary_rpc_method_handler,
+            (True, True): grpc.stream_stream_rpc_method_handler,
+        }[handler.request_streaming, handler.response_streaming]
+        return make(to_stream if handler.response_streaming else to_one, deserializer, handler.response_serializer)
 
     @contextlib.asynccontextmanager
     async def _call(self, method: str, request_id: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
@@ -112,10 +108,8 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             if self.draining:
                 raise faults.unavailable("DRAINING", "this server is shutting down; call another", retry_after_ms=100)
             yield
-            # A handler that passes a status through sets it on the context and returns.
-            if context.code():
-                code = _code_name(context.code())
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):
+            # GeneratorExit: the caller left while a message was being written, and grpc closes the stream's generator.
             left = context.time_remaining()
             code = "DEADLINE_EXCEEDED" if left is not None and left <= 0 else "CANCELLED"
             raise
