@@ -37,7 +37,7 @@ class Oracle:
         self._kind = scheduler.config.prediction_type
         self._clean = clean
 
-    def __call__(self, scaled: torch.Tensor, alpha: float) -> torch.Tensor:
+    def __call__(self, scaled: torch.Tensor, alpha: float) -> Any:
         noise = (scaled - alpha**0.5 * self._clean) / (1 - alpha) ** 0.5
         if self._kind == "epsilon":
             return noise
