@@ -3,8 +3,13 @@
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from services import local
+
+# Tests never time things, and an example that took long on a busy machine is no failure.
+settings.register_profile("inkwell", deadline=None)
+settings.load_profile("inkwell")
 
 
 @pytest.fixture(scope="session")

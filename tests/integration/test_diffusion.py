@@ -190,7 +190,7 @@ class TestGenerate:
                 if response.HasField("progress"):
                     break
         waiting = service.stub.Generate(request(step_count=1))
-        said = []
+        said: list[pb.GenerateResponse] = []
         async for response in waiting:
             if not said:
                 assert response.HasField("queued")

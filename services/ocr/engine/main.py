@@ -1,11 +1,6 @@
 """The engine of the OCR service: one lane a model, stepped in turn."""
 
-import os
 from collections import deque
-
-# Before torch is loaded. Its threads otherwise spin while they wait for each other, and on a machine or in a container
-# whose cores others use too, a decoding step then takes tens of times as long as it should.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import msgspec
 import torch
