@@ -83,6 +83,7 @@ class Endpoint:
         self.calls = 0
         self.unavailable = 0
         self.last_error = ""
+        self._was_ready = False
         self.turn = 0  # when it was chosen last, in choices; the smallest is longest ago
         # What a reply's header says of who served it.
         self.served: Metadata = ((POOL_KEY, pool), (ENDPOINT_KEY, address), (HARDWARE_KEY, hardware))
@@ -194,5 +195,8 @@ class Endpoint:
         if state is self.state:
             return
         log.info("endpoint", pool=self.pool, address=self.address, state=state.value, error=error or None)
+        if state is State.READY and not self._was_ready:
+            # What stood in the way while it started is no news any more.
+            self._was_ready, self.last_error = True, ""
         self.state = state
         self._on_change(self)

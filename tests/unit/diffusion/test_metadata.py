@@ -113,7 +113,7 @@ def test_reading_json_that_is_something_else(text: str) -> None:
 
 def as_sent(value: float) -> float:
     """What a 32-bit float field makes of a number."""
-    return struct.unpack("<f", struct.pack("<f", value))[0]
+    return float(struct.unpack("<f", struct.pack("<f", value))[0])
 
 
 @given(st.floats(0, 100, width=32, allow_subnormal=False))
