@@ -147,7 +147,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
                     rows = [references[chosen[:20]] / 255, pictures[:20]]
                     names = [known.names[i] for i in chosen[:20]]
                     sheet(rows, names, args.sheets / f"{style}-{name.replace(' ', '_').replace(',', '')}.png")
-            except Exception as error:  # a scheduler that cannot run at all is a result as well
+            except Exception as error:  # noqa: BLE001 - a scheduler that cannot run at all is a result as well
                 report[style].setdefault("schedulers", {})[name] = f"{type(error).__name__}: {error}"
             pipeline.scheduler = original
     return report
