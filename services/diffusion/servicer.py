@@ -16,7 +16,8 @@ from services.diffusion.settings import Settings
 from services.kit import faults
 from services.kit.call import label_call, priority_of, time_left
 from services.kit.engine_api import Accepted, Finished, Update
-from services.kit.engine_host import EngineHost, Job, Queued
+from services.kit.engine_host import EngineHost
+from services.kit.job import Job, Queued
 from services.kit.metrics import Metrics
 
 _LOADING_RETRY_MS = 2000

@@ -13,10 +13,7 @@ import signal
 import socket
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from types import TracebackType
 
 import msgspec
 import structlog
@@ -24,7 +21,6 @@ import structlog
 from services.kit import faults, wire
 from services.kit.admission import Admission, Priority, Ticket
 from services.kit.engine_api import (
-    Accepted,
     Cancel,
     Cancelled,
     Command,
@@ -36,9 +32,9 @@ from services.kit.engine_api import (
     Raw,
     Ready,
     Submit,
-    Update,
 )
 from services.kit.faults import Fault
+from services.kit.job import Job, Queued
 from services.kit.metrics import Metrics
 from services.kit.settings import ServiceSettings
 
@@ -55,16 +51,6 @@ _START_ATTEMPTS = 3
 
 class EngineStartError(RuntimeError):
     """The engine ended again and again before it was ever ready; the log has its last words."""
-
-
-@dataclass(frozen=True)
-class Queued:
-    """The job waits; `position` calls stand before it."""
-
-    position: int
-
-
-HostEvent = Queued | Accepted | Update | Finished
 
 
 class EngineHost:
@@ -141,7 +127,7 @@ class EngineHost:
 
     # --- jobs ---
 
-    def admit(self, *, priority: Priority, time_left_s: float | None, cost: float = 1.0) -> "Job":
+    def admit(self, *, priority: Priority, time_left_s: float | None, cost: float = 1.0) -> Job:
         """Reserve a place for a call or raise Fault (ENGINE_NOT_READY, QUEUE_FULL, DEADLINE_TOO_SHORT).
 
         cost: work relative to other calls of this service, above 0. time_left_s: until the caller's deadline, None
@@ -158,16 +144,16 @@ class EngineHost:
         except Fault as fault:
             self._metrics.refused.labels(fault.data.reason).inc()
             raise
-        job = Job(self, f"{next(self._numbers)}", ticket)
+        job = Job(f"{next(self._numbers)}", ticket, start=self._start_job, leave=self._leave_job)
         self._waiting[ticket] = job
         return job
 
-    def _start_job(self, job: "Job", payload: msgspec.Struct) -> None:
+    def _start_job(self, job: Job, payload: msgspec.Struct) -> None:
         job.payload = wire.raw(payload)
         self.admission.make_eligible(job.ticket, memoryview(job.payload).nbytes)
         self._pump()
 
-    def _end_job(self, job: "Job") -> None:
+    def _leave_job(self, job: Job) -> None:
         """The caller no longer listens."""
         if job.ticket in self._waiting:
             del self._waiting[job.ticket]
@@ -344,76 +330,3 @@ class EngineHost:
             self.admission.leave(job.ticket)
             job.finished_at = self._clock()
             job.put(Failed(job.id, fault.data))
-
-
-class Job:
-    """One call's work, from admission to its end. Use as an async context manager and iterate over its events.
-
-    Iterating yields Queued, then Accepted, Update …, and Finished last; it raises Fault when the job fails. Leaving the
-    block before the end cancels the job in the engine within one step.
-    """
-
-    def __init__(self, host: EngineHost, job_id: str, ticket: Ticket) -> None:
-        self.id = job_id
-        self.ticket = ticket
-        self.payload = Raw(b"")
-        self.granted_at: float | None = None
-        self.finished_at: float | None = None
-        self.cancel_sent = False
-        self.ended = False
-        self._host = host
-        self._events: deque[Queued | JobEvent] = deque()
-        self._arrived = asyncio.Event()
-
-    def start(self, payload: msgspec.Struct) -> None:
-        """Queue the job with its input; raises Fault (QUEUE_BYTES_FULL) when the waiting input is too much."""
-        self._host._start_job(self, payload)
-
-    def put(self, event: Queued | JobEvent) -> None:
-        """Called by the host. Of several positions not yet read only the newest is kept."""
-        if isinstance(event, Queued) and self._events and isinstance(self._events[-1], Queued):
-            self._events.pop()
-        self._events.append(event)
-        self._arrived.set()
-
-    @property
-    def queue_ms(self) -> float:
-        """Milliseconds from admission until the engine was given the job."""
-        return 0.0 if self.granted_at is None else (self.granted_at - self.ticket.entered_at) * 1000
-
-    @property
-    def engine_ms(self) -> float:
-        """Milliseconds from then until its end."""
-        if self.granted_at is None or self.finished_at is None:
-            return 0.0
-        return (self.finished_at - self.granted_at) * 1000
-
-    async def __aenter__(self) -> "Job":
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._host._end_job(self)
-
-    def __aiter__(self) -> "Job":
-        return self
-
-    async def __anext__(self) -> HostEvent:
-        if self.ended:
-            raise StopAsyncIteration
-        while not self._events:
-            self._arrived.clear()
-            await self._arrived.wait()
-        event = self._events.popleft()
-        match event:
-            case Finished():
-                self.ended = True
-            case Failed(fault=data):
-                self.ended = True
-                raise Fault(data)
-            case Cancelled():
-                # Only this side cancels, and it no longer listens then: the engine made it up.
-                self.ended = True
-                raise faults.internal("the engine cancelled a call that nobody had cancelled")
-        return event

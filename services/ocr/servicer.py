@@ -16,8 +16,9 @@ from services.kit import errors, faults
 from services.kit.admission import Priority
 from services.kit.call import label_call, priority_of, time_left
 from services.kit.engine_api import Accepted, Finished, Update
-from services.kit.engine_host import EngineHost, HostEvent, Job, Queued
+from services.kit.engine_host import EngineHost
 from services.kit.faults import Fault
+from services.kit.job import HostEvent, Job, Queued
 from services.kit.metrics import Metrics
 from services.ocr import converters, images
 from services.ocr.domain import EngineInfo, ModelInfo, Partial, ReadJob, Recognition

@@ -11,8 +11,9 @@ import pytest
 
 from services.kit.admission import Priority
 from services.kit.engine_api import Accepted, Finished, Update
-from services.kit.engine_host import EngineHost, EngineStartError, Job, Queued
+from services.kit.engine_host import EngineHost, EngineStartError
 from services.kit.faults import Fault
+from services.kit.job import Job, Queued
 from services.kit.metrics import Metrics
 from services.kit.settings import ServiceSettings
 from tests.support.counting_engine import Count, Number
