@@ -95,6 +95,10 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     @contextlib.asynccontextmanager
     async def _call(self, method: str, request_id: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
         began = time.monotonic()
+        # Asked now: a stream that its caller left may be closed after grpc has freed the call, and the context's
+        # methods then read freed memory (a segmentation fault of grpcio 1.85 was traced to `peer`).
+        peer = context.peer()
+        left = context.time_remaining()
         if not (isinstance(request_id, str) and _REQUEST_ID.fullmatch(request_id)):
             request_id = uuid.uuid4().hex
         labels = CallLabels()
@@ -109,9 +113,9 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 raise faults.unavailable("DRAINING", "this server is shutting down; call another", retry_after_ms=100)
             yield
         except (asyncio.CancelledError, GeneratorExit):
-            # GeneratorExit: the caller left while a message was being written, and grpc closes the stream's generator.
-            left = context.time_remaining()
-            code = "DEADLINE_EXCEEDED" if left is not None and left <= 0 else "CANCELLED"
+            # GeneratorExit: the caller left while a message was being written, and the stream's generator is closed.
+            late = left is not None and time.monotonic() - began >= left
+            code = "DEADLINE_EXCEEDED" if late else "CANCELLED"
             raise
         except Fault as fault:
             code = errors.CODES[fault.data.kind].name
@@ -139,7 +143,7 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 code=code,
                 ms=round(seconds * 1000, 1),
                 model=labels.model or None,
-                peer=context.peer(),
+                peer=peer,
             )
             self._in_flight -= 1
             if self._in_flight == 0:
