@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import urllib.request
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -39,6 +40,8 @@ class Behaviour:
                 raise faults.overloaded("QUEUE_FULL", "3 calls wait and the limit is 3", retry_after_ms=250)
             case "defect":
                 raise ZeroDivisionError("secret detail")
+            case "flood":
+                return "x" * 100_000
             case "priority":
                 return priority_of(context).name
             case "hold":
@@ -55,7 +58,7 @@ def handlers(b: Behaviour) -> grpc.GenericRpcHandler:
         return Text(value=await b.act(request.value, context))
 
     async def many(request: Any, context: Any) -> AsyncIterator[Any]:
-        for _ in range(2):
+        for _ in range(1000 if request.value == "flood" else 2):
             yield Text(value=await b.act(request.value, context))
 
     async def sum_up(requests: Any, context: Any) -> Any:
@@ -237,6 +240,17 @@ async def test_a_caller_that_leaves_ends_its_handler(running: Running, kind: str
     await running.behaviour.left.wait()
     with contextlib.suppress(asyncio.CancelledError):
         await call
+
+
+async def test_callers_that_leave_in_the_middle_of_a_write_do_no_harm(running: Running) -> None:
+    coding = {"request_serializer": Text.SerializeToString, "response_deserializer": Text.FromString}
+    for _ in range(30):
+        call = running.channel.unary_stream("/test.Echo/Many", **coding)(Text(value="flood"))
+        assert (await call.read()).value
+        call.cancel()
+    await running.server._boundary.wait_idle()
+    gc.collect()
+    assert await running.call("One", "word") == "WORD"
 
 
 @pytest.mark.parametrize("kind", KINDS)
