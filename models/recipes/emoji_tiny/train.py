@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 #: stage -> minutes on one core that gave the quality in the model card
-STAGES: dict[str, float] = {"vae": 22, "text": 9, "unet": 60, "polish": 6, "preview": 6}
+STAGES: dict[str, float] = {"vae": 22, "text": 8, "unet": 61, "polish": 4, "preview": 4}
 
 
 def main() -> None:

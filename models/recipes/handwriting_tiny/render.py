@@ -177,7 +177,7 @@ def main() -> None:
     extra = training_texts(arguments.data) if arguments.data else None
     source = TextSource(arguments.work / "text", seed=1000 + number, extra=extra, long=arguments.long)
     shelf = FontShelf(arguments.work / "fonts", TRAINING)
-    for _ in range(arguments.total):
+    for turn in range(arguments.total):
         began = time.monotonic()
         write_shard(folder / f"shard-{number:05d}", arguments.count, shelf, source, rng)
         number += 1
@@ -185,7 +185,7 @@ def main() -> None:
         stems = shard_stems(folder)
         for old in stems[: -arguments.keep]:
             drop_shard(old)
-        if len(stems) >= arguments.keep:
+        if len(stems) >= arguments.keep and turn + 1 < arguments.total:
             time.sleep(arguments.every)
 
 
