@@ -28,6 +28,7 @@ RUN = ROOT / ".run"
 STATE = RUN / "up.json"
 DEMO_OUTPUT = ROOT / "build" / "demo"
 SAMPLES = ROOT / "models" / "handwriting-tiny" / "samples"
+DEMO_LINE = SAMPLES / "02-station.png"
 DEMO_PROMPT = "grinning face"
 
 # Fixed for `make up`, so that clients and Prometheus find them: gRPC port and metrics port.
@@ -246,7 +247,7 @@ def demo() -> int:
     began = time.monotonic()
     print("· starting ocr, diffusion and the gateway", flush=True)
     with running_on_free_ports() as services:
-        line = sorted(SAMPLES.glob("*.png"))[0].relative_to(ROOT)
+        line = DEMO_LINE.relative_to(ROOT)
         picture = DEMO_OUTPUT / f"{DEMO_PROMPT.replace(' ', '-')}.png"
         DEMO_OUTPUT.mkdir(parents=True, exist_ok=True)
         for arguments in (

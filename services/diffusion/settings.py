@@ -26,7 +26,7 @@ class ModelSettings(BaseModel):
 
 def _embedded_models() -> dict[str, ModelSettings]:
     source = str(_PROJECT / "models" / "emoji-tiny")
-    return {"emoji-tiny": ModelSettings(source=source, default_step_count=20, default_guidance_scale=1.5)}
+    return {"emoji-tiny": ModelSettings(source=source, default_step_count=20, default_guidance_scale=1.0)}
 
 
 class Settings(ServiceSettings):
