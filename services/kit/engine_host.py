@@ -221,7 +221,12 @@ class EngineHost:
         try:
             while True:
                 began = self._clock()
-                cause = await self._run_once()
+                try:
+                    cause = await self._run_once()
+                except Exception as error:
+                    # No memory for a process, an event that does not decode: whatever it was, the supervisor must live.
+                    log.exception("running the engine failed")
+                    cause = f"{type(error).__name__}: {error}"
                 if self._clock() - began > _STABLE_S:
                     backoff_s = _BACKOFF_FIRST_S
                 failed_starts += 1

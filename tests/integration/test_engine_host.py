@@ -128,12 +128,13 @@ async def test_a_job_that_the_engine_refuses_or_fails_ends_alone(host: EngineHos
     assert isinstance(fine, list)
 
 
-@pytest.mark.parametrize("how", ["crash", "stall", "killed"])
+@pytest.mark.parametrize("how", ["crash", "stall", "garble", "killed"])
 async def test_a_lost_engine_ends_the_calls_inside_and_comes_back(host: EngineHost, tmp_path: Path, how: str) -> None:
     first_pid = host.pid
     bad = {
         "crash": Count(count=5, crash_at=2),
         "stall": Count(count=5, stall_at=2),
+        "garble": Count(count=5, garble_at=2, hold_at=3, release=str(tmp_path / "never")),
         "killed": Count(count=1, hold_at=1, release=str(tmp_path / "never")),
     }[how]
     held = Count(count=1, hold_at=1, release=str(tmp_path / "never"))

@@ -4,6 +4,7 @@ Counting can be held at a number until a file appears, so that tests act at a kn
 """
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -23,6 +24,7 @@ class Count(msgspec.Struct):
     stall_at: int = 0
     refuse: bool = False
     fail_at: int = 0
+    garble_at: int = 0
 
 
 class Number(msgspec.Struct):
@@ -66,6 +68,8 @@ class CountingEngine:
             value += 1
             if value == count.crash_at:
                 os._exit(9)
+            if value == count.garble_at:
+                os.write(int(sys.argv[2]), b"\x03\x00\x00\x00\xc1\xc1\xc1")  # a frame that is no event
             if value == count.stall_at:
                 time.sleep(3600)
             if value == count.fail_at:
