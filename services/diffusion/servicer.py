@@ -13,14 +13,12 @@ from services.diffusion import converters, limits
 from services.diffusion.domain import EngineInfo, JobUpdate, Painted, PaintJob, PreviewPainted, StepDone
 from services.diffusion.scheduler_table import TABLE
 from services.diffusion.settings import Settings
-from services.kit import faults
 from services.kit.call import label_call, priority_of, time_left
 from services.kit.engine_api import Accepted, Finished, Update
-from services.kit.engine_host import EngineHost
+from services.kit.engine_host import EngineHost, engine_not_ready
 from services.kit.job import Job, Queued
 from services.kit.metrics import Metrics
 
-_LOADING_RETRY_MS = 2000
 _STEP_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _FIRST_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -56,9 +54,7 @@ class DiffusionServicer(diffusion_pb2_grpc.DiffusionServiceServicer):
         priority, time_left_s = priority_of(context), time_left(context)
         info = self._info()
         if info is None:
-            raise faults.unavailable(
-                "ENGINE_NOT_READY", "the engine is loading its models; retry shortly", retry_after_ms=_LOADING_RETRY_MS
-            )
+            raise engine_not_ready()
         job = limits.resolve(converters.to_asked(request), info, self._settings)
         model = info.model(job.parameters.model)
         assert model is not None, "resolve answers only models of info"

@@ -53,6 +53,15 @@ class EngineStartError(RuntimeError):
     """The engine ended again and again before it was ever ready; the log has its last words."""
 
 
+def engine_not_ready() -> Fault:
+    """The refusal of calls that come while there is no engine to serve them, or none yet to describe its models."""
+    return faults.unavailable(
+        "ENGINE_NOT_READY",
+        "the engine is loading its models; retry shortly",
+        retry_after_ms=_EXPECTED_RESTART_MS,
+    )
+
+
 class EngineHost:
     """One engine process, its queue and its jobs.
 
@@ -134,11 +143,7 @@ class EngineHost:
         without one. Nothing is computed before `Job.start`.
         """
         if not self.ready:
-            raise faults.unavailable(
-                "ENGINE_NOT_READY",
-                "the engine is loading its models; retry shortly",
-                retry_after_ms=_EXPECTED_RESTART_MS,
-            )
+            raise engine_not_ready()
         try:
             ticket = self.admission.enter(priority=priority, cost=cost, time_left_s=time_left_s)
         except Fault as fault:

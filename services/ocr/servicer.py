@@ -16,7 +16,7 @@ from services.kit import errors, faults
 from services.kit.admission import Priority
 from services.kit.call import label_call, priority_of, time_left
 from services.kit.engine_api import Accepted, Finished, Update
-from services.kit.engine_host import EngineHost
+from services.kit.engine_host import EngineHost, engine_not_ready
 from services.kit.faults import Fault
 from services.kit.job import HostEvent, Job, Queued
 from services.kit.metrics import Metrics
@@ -93,7 +93,7 @@ class OcrServicer(ocr_pb2_grpc.OcrServiceServicer):
     ) -> AsyncIterator[ocr_pb2.BatchRecognizeResponse]:
         caller = _Caller(priority_of(context), context)
         if not self._host.ready:
-            raise _not_ready()  # the whole stream, so that it can be sent elsewhere
+            raise engine_not_ready()  # the whole stream, so that it can be sent elsewhere
         await context.send_initial_metadata(())
         answers: asyncio.Queue[ocr_pb2.BatchRecognizeResponse | None] = asyncio.Queue()
         # The next item is taken off the stream only when one before it was answered and the answer taken, so that
@@ -167,7 +167,7 @@ class OcrServicer(ocr_pb2_grpc.OcrServiceServicer):
 
     def _engine_info(self) -> EngineInfo:
         if self._host.info is None:
-            raise _not_ready()
+            raise engine_not_ready()
         return msgspec.msgpack.decode(self._host.info, type=EngineInfo)
 
     # --- many lines ---
@@ -227,9 +227,3 @@ class OcrServicer(ocr_pb2_grpc.OcrServiceServicer):
             log.exception("batch item failed")
             defect = faults.internal("a defect of the service; its log has more")
             return converters.item_error(request.id, errors.to_status(defect))
-
-
-def _not_ready() -> Fault:
-    return faults.unavailable(
-        "ENGINE_NOT_READY", "the engine is loading its models; retry shortly", retry_after_ms=2000
-    )
