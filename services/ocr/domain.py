@@ -1,10 +1,13 @@
 """What the OCR service talks about. Plain structs: they cross the process boundary and know nothing of gRPC."""
 
+from typing import Literal
+
 import msgspec
 
 # Rows one search may use; the contract names the same range.
 BEAM_WIDTH_MOST = 16
 LENGTH_PENALTY_MOST = 5.0
+NO_REPEAT_NGRAM_MOST = 64
 
 
 class Line(msgspec.Struct, frozen=True):
@@ -15,6 +18,22 @@ class Line(msgspec.Struct, frozen=True):
     pixels: bytes  # width * height * 3 bytes
 
 
+class Page(msgspec.Struct, frozen=True):
+    """The decoded image of a page: 8-bit RGB, row by row from the top, 3 bytes a pixel."""
+
+    width: int
+    height: int
+    pixels: bytes  # width * height * 3 bytes
+
+
+# What a model's weights are computed with; the int8 ones keep 8-bit weights.
+Precision = Literal["float32", "bfloat16", "float16", "int8_dynamic", "int8_weight_only", "int8_static"]
+
+# When a beam search ends that has beam_width finished hypotheses: at once, when the best unfinished one cannot become
+# better by its present length, or only when it cannot by any length. In transformers: True, False, "never".
+EarlyStopping = Literal["first", "heuristic", "never"]
+
+
 class Decoding(msgspec.Struct, frozen=True):
     """How the text is searched for, every option resolved."""
 
@@ -22,15 +41,50 @@ class Decoding(msgspec.Struct, frozen=True):
     hypothesis_count: int  # 1 to beam_width
     length_penalty: float  # finite, -LENGTH_PENALTY_MOST to LENGTH_PENALTY_MOST
     max_new_token_count: int  # 1 to the model's limit
+    no_repeat_ngram_size: int = 0  # no run of so many tokens comes twice, 0 to NO_REPEAT_NGRAM_MOST; 0: no rule
+    early_stopping: EarlyStopping = "heuristic"
 
 
-class ReadJob(msgspec.Struct, frozen=True):
+class ReadJob(msgspec.Struct, frozen=True, tag=True):
     """What the engine is asked to do."""
 
     model: str
     line: Line
     decoding: Decoding
     partials: bool  # whether to send a Partial whenever the best text changes
+
+
+class EmbedJob(msgspec.Struct, frozen=True, tag=True):
+    """Encode images and return the encoder's states."""
+
+    model: str
+    lines: tuple[Line, ...]
+    pooling: Literal["mean", "cls", "none"]
+    dtype: Literal["float32", "float16"]
+    normalize: bool  # scale each vector to length 1 (L2)
+
+
+class LayoutJob(msgspec.Struct, frozen=True, tag=True):
+    """Find the lines of a page."""
+
+    page: Page
+    rotation: int | None  # 0, 90, 180, 270: the page is known to be turned so; None: find out between 0 and 90
+
+
+class LoadJob(msgspec.Struct, frozen=True, tag=True):
+    """Load a known model; nothing to do when it is loaded with that precision."""
+
+    model: str
+    precision: Precision | None  # None: the setting's
+
+
+class UnloadJob(msgspec.Struct, frozen=True, tag=True):
+    """Free a model's memory once the jobs that use it are done."""
+
+    model: str
+
+
+Work = ReadJob | EmbedJob | LayoutJob | LoadJob | UnloadJob
 
 
 class Partial(msgspec.Struct, frozen=True):
@@ -65,6 +119,43 @@ class Recognition(msgspec.Struct, frozen=True):
     truncated: bool  # decoding stopped at max_new_token_count, the text may go on
     decoded_token_count: int  # tokens computed over all rows of the search
     mean_batch_rows: float  # rows that shared its decoding steps, itself included, on average
+    confidence: float = 0.0  # of the best hypothesis, 0 to 1: calibrated if the model is, else its own confidence
+    confidence_calibrated: bool = False
+    repetition_suspected: bool = False  # the best text goes round in circles
+    blank: bool = False  # the image holds no writing, nothing was decoded
+
+
+class Embedding(msgspec.Struct, frozen=True):
+    """Encoder states in row-major order, little-endian."""
+
+    content: bytes
+    dtype: Literal["float32", "float16"]
+    shape: tuple[int, ...]  # (images, width), or (images, tokens, width) without pooling
+
+
+class LayoutLine(msgspec.Struct, frozen=True):
+    """One line on a page."""
+
+    # Four corners in pixels of the page as it was given, clockwise, from where the text begins at its top.
+    polygon: tuple[tuple[float, float], ...]
+    angle: float  # degrees clockwise of the direction of writing from level, on the page as it was given
+    score: float  # how sure the detector is, 0 to 1
+    block: int  # column or paragraph it belongs to, from 1 in reading order
+
+
+class Layout(msgspec.Struct, frozen=True):
+    """What a page looks like."""
+
+    rotation: int  # degrees the page has to be turned clockwise to be upright: 0, 90, 180 or 270
+    skew: float  # degrees clockwise that the writing leans after that
+    lines: tuple[LayoutLine, ...]  # in reading order
+
+
+class Loading(msgspec.Struct, frozen=True):
+    """Where a LoadJob stands."""
+
+    stage: Literal["waiting", "reading_weights", "warming"]
+    evicted_models: tuple[str, ...] = ()  # unloaded to make room
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
