@@ -11,7 +11,9 @@ from services.kit.faults import FieldViolation, invalid_field, invalid_fields, n
 from services.ocr.domain import (
     BEAM_WIDTH_MOST,
     LENGTH_PENALTY_MOST,
+    NO_REPEAT_NGRAM_MOST,
     Decoding,
+    EarlyStopping,
     EngineInfo,
     Hypothesis,
     ModelInfo,
@@ -20,6 +22,13 @@ from services.ocr.domain import (
 )
 
 ITEM_ID_LENGTH_MOST = 128
+
+_EARLY_STOPPING: dict[int, EarlyStopping] = {
+    ocr_pb2.EARLY_STOPPING_FIRST: "first",
+    ocr_pb2.EARLY_STOPPING_HEURISTIC: "heuristic",
+    ocr_pb2.EARLY_STOPPING_NEVER: "never",
+}
+_EARLY_STOPPING_OUT = {value: number for number, value in _EARLY_STOPPING.items()}
 
 
 class ReadRequest(Protocol):
@@ -46,10 +55,10 @@ def decoding_of(options: ocr_pb2.DecodingOptions, model: ModelInfo) -> Decoding:
     defaults = model.default_decoding
     violations: list[FieldViolation] = []
 
-    def number(name: str, default: int, most: int, why: str) -> int:
+    def number(name: str, default: int, most: int, why: str, *, least: int = 1) -> int:
         value: int = getattr(options, name) if options.HasField(name) else default  # type: ignore[arg-type]
-        if not 1 <= value <= most:
-            violations.append(FieldViolation(f"decoding.{name}", f"{value} is not in 1 to {most}{why}"))
+        if not least <= value <= most:
+            violations.append(FieldViolation(f"decoding.{name}", f"{value} is not in {least} to {most}{why}"))
         return value
 
     beam_width = number("beam_width", defaults.beam_width, BEAM_WIDTH_MOST, "")
@@ -59,6 +68,15 @@ def decoding_of(options: ocr_pb2.DecodingOptions, model: ModelInfo) -> Decoding:
     max_new_token_count = number(
         "max_new_token_count", defaults.max_new_token_count, model.max_new_token_limit, f", the limit of {model.name}"
     )
+    no_repeat_ngram_size = number(
+        "no_repeat_ngram_size", defaults.no_repeat_ngram_size, NO_REPEAT_NGRAM_MOST, "", least=0
+    )
+    early_stopping: EarlyStopping | None = defaults.early_stopping
+    if options.early_stopping != ocr_pb2.EARLY_STOPPING_UNSPECIFIED:
+        early_stopping = _EARLY_STOPPING.get(options.early_stopping)
+    if early_stopping is None:
+        accepted = ", ".join(f"{ocr_pb2.EarlyStopping.Name(n)} ({n})" for n in _EARLY_STOPPING)
+        violations.append(FieldViolation("decoding.early_stopping", f"{options.early_stopping} is none of: {accepted}"))
     length_penalty = options.length_penalty if options.HasField("length_penalty") else defaults.length_penalty
     if not (math.isfinite(length_penalty) and abs(length_penalty) <= LENGTH_PENALTY_MOST):
         violations.append(
@@ -67,9 +85,11 @@ def decoding_of(options: ocr_pb2.DecodingOptions, model: ModelInfo) -> Decoding:
                 f"{length_penalty:g} is not in {-LENGTH_PENALTY_MOST:g} to {LENGTH_PENALTY_MOST:g}",
             )
         )
-    if violations:
+    if violations or early_stopping is None:
         raise invalid_fields(violations)
-    return Decoding(beam_width, hypothesis_count, length_penalty, max_new_token_count)
+    return Decoding(
+        beam_width, hypothesis_count, length_penalty, max_new_token_count, no_repeat_ngram_size, early_stopping
+    )
 
 
 def check_item_id(item_id: str, seen: set[str]) -> None:
@@ -96,6 +116,10 @@ def recognition(read: Recognition, model: ModelInfo, *, queue_ms: float, engine_
         truncated=read.truncated,
         model=model.name,
         timing=common_pb2.Timing(queue_ms=queue_ms, engine_ms=engine_ms),
+        confidence=read.confidence,
+        confidence_calibrated=read.confidence_calibrated,
+        repetition_suspected=read.repetition_suspected,
+        blank=read.blank,
     )
 
 
@@ -166,6 +190,8 @@ def models(info: EngineInfo, *, ready: bool) -> ocr_pb2.ListModelsResponse:
                     hypothesis_count=model.default_decoding.hypothesis_count,
                     length_penalty=model.default_decoding.length_penalty,
                     max_new_token_count=model.default_decoding.max_new_token_count,
+                    no_repeat_ngram_size=model.default_decoding.no_repeat_ngram_size,
+                    early_stopping=_EARLY_STOPPING_OUT[model.default_decoding.early_stopping],
                 ),
                 max_new_token_limit=model.max_new_token_limit,
                 is_default=model.is_default,

@@ -245,13 +245,22 @@ async def test_bad_input_is_refused_precisely_and_the_service_goes_on(
 
 
 async def test_every_wrong_option_is_named_at_once(service: Service) -> None:
-    options = {"beam_width": 99, "length_penalty": 6.0, "max_new_token_count": 0}
+    options = {
+        "beam_width": 99,
+        "length_penalty": 6.0,
+        "max_new_token_count": 0,
+        "no_repeat_ngram_size": 65,
+        "early_stopping": 7,
+    }
     status = await refusal(service.stub.Recognize(request(decoding=options)))
     violations = detail(status, error_details_pb2.BadRequest).field_violations
     assert {v.field: v.description for v in violations} == {
         "decoding.beam_width": "99 is not in 1 to 16",
         "decoding.length_penalty": "6 is not in -5 to 5",
         "decoding.max_new_token_count": "0 is not in 1 to 48, the limit of tiny",
+        "decoding.no_repeat_ngram_size": "65 is not in 0 to 64",
+        "decoding.early_stopping": "7 is none of: EARLY_STOPPING_FIRST (1), EARLY_STOPPING_HEURISTIC (2),"
+        " EARLY_STOPPING_NEVER (3)",
     }
 
 

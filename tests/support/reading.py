@@ -8,14 +8,26 @@ import torch
 from transformers import VisionEncoderDecoderModel
 
 from services.kit.engine_api import Accepted, Cancelled, Failed, Finished, Raw, Update
-from services.ocr.domain import Decoding, Line, Partial, ReadJob, Recognition
+from services.ocr.domain import Decoding, EarlyStopping, Line, Partial, ReadJob, Recognition
 from services.ocr.engine.main import OcrEngine
 
 GREEDY = Decoding(beam_width=1, hypothesis_count=1, length_penalty=1.0, max_new_token_count=20)
 
 
-def beams(width: int, *, count: int | None = None, penalty: float = 1.0, length: int = 20) -> Decoding:
-    return Decoding(width, count or width, penalty, length)
+def beams(
+    width: int,
+    *,
+    count: int | None = None,
+    penalty: float = 1.0,
+    length: int = 20,
+    ngram: int = 0,
+    stopping: EarlyStopping = "heuristic",
+) -> Decoding:
+    return Decoding(width, count or width, penalty, length, ngram, stopping)
+
+
+# What the library calls the ways of early stopping.
+STOPPING: dict[EarlyStopping, bool | str] = {"first": True, "heuristic": False, "never": "never"}
 
 
 def scribble(seed: int) -> Line:
@@ -89,6 +101,8 @@ def generate(
     model: VisionEncoderDecoderModel, pixel_values: torch.Tensor, decoding: Decoding, **options: object
 ) -> list[tuple[list[list[int]], list[float]]]:
     """What transformers' own `generate` reads: for each image the ids of every hypothesis, and the beams' scores."""
+    if decoding.beam_width > 1:
+        options["early_stopping"] = STOPPING[decoding.early_stopping]
     with torch.inference_mode():
         output = model.generate(
             pixel_values,
@@ -96,6 +110,7 @@ def generate(
             num_return_sequences=decoding.hypothesis_count,
             max_new_tokens=decoding.max_new_token_count,
             length_penalty=decoding.length_penalty,
+            no_repeat_ngram_size=decoding.no_repeat_ngram_size,
             do_sample=False,
             output_scores=True,
             return_dict_in_generate=True,

@@ -19,6 +19,10 @@ from services.runtimes.torch_trocr import Rows
 
 _encoder = msgspec.msgpack.Encoder()
 
+_NO_TOKEN_LEFT = faults.failed_precondition(
+    "NO_TOKEN_LEFT", "no_repeat_ngram_size and the model's generation config together rule every token out"
+)
+
 
 @dataclass
 class _Reading:
@@ -138,7 +142,7 @@ class Lane:
                     job_id=line.job_id,
                     decoding=decoding,
                     partials=line.job.partials,
-                    search=search.start(decoding, eos_ids=self.model.eos_ids, early_stopping=self.model.early_stopping),
+                    search=search.start(decoding, eos_ids=self.model.eos_ids),
                     ruling=self.model.ruling(decoding),
                     image=first_image + offset,
                     rows=[row],
@@ -161,7 +165,7 @@ class Lane:
             reading.rows_seen += row_count
             reading.tokens_decoded += len(reading.rows)
             candidates = scores.of(reading, self.model.start_id)
-            if not all(math.isfinite(row.scores[0]) for row in candidates):
+            if not all(math.isfinite(row.log_probabilities[0]) for row in candidates):
                 fault = faults.internal("the model's scores are not finite numbers; its weights or data type are unfit")
                 events.append(Failed(reading.job_id, fault.data))
                 continue
@@ -169,6 +173,8 @@ class Lane:
             if parents:
                 going_on.append((reading, [reading.rows[parent] for parent in parents]))
                 events += self._partial(reading)
+            elif not reading.search.results():
+                events.append(Failed(reading.job_id, _NO_TOKEN_LEFT.data))
             else:
                 events.append(Finished(reading.job_id, Raw(_encoder.encode(self._recognition(reading)))))
         self._rearrange(going_on)
@@ -244,7 +250,9 @@ class _Scores:
         so_far = torch.tensor([(start_id, *beam.ids) for beam in reading.search.beams], device=ranked.device)
         best = ruling(so_far, ranked.clone()).topk(min(most, ranked.shape[1]), dim=-1)
         log_probabilities = own.gather(1, best.indices)
-        scores = log_probabilities if most == 1 else best.values
+        scores = best.values
+        if most == 1:
+            scores = log_probabilities.masked_fill(best.values == -math.inf, -math.inf)
         return [
             Candidates(*row)
             for row in zip(best.indices.tolist(), scores.tolist(), log_probabilities.tolist(), strict=True)

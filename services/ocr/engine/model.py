@@ -10,8 +10,15 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, GenerationConfig
 from transformers.generation import logits_process as processing
 
-from services.ocr.domain import BEAM_WIDTH_MOST, LENGTH_PENALTY_MOST, Decoding, Line, ModelInfo
-from services.ocr.engine.search import EarlyStopping
+from services.ocr.domain import (
+    BEAM_WIDTH_MOST,
+    LENGTH_PENALTY_MOST,
+    NO_REPEAT_NGRAM_MOST,
+    Decoding,
+    EarlyStopping,
+    Line,
+    ModelInfo,
+)
 from services.ocr.settings import Settings
 from services.runtimes import checkpoints, torch_trocr
 from services.runtimes.checkpoints import CheckpointError
@@ -29,7 +36,6 @@ class ReadingModel:
     networks: torch_trocr.TrocrModel
     start_id: int
     eos_ids: frozenset[int]
-    early_stopping: EarlyStopping
     generation: GenerationConfig
     processor: Any
     tokenizer: Any
@@ -52,7 +58,7 @@ class ReadingModel:
         return [stream.step(self.tokenizer.backend_tokenizer, token) or "" for token in ids]
 
     def ruling(self, decoding: Decoding) -> Ruling | None:
-        """What the folder's generation config rules out or forces while decoding, None for nothing.
+        """What the call's options and the folder's generation config rule out or force, None for nothing.
 
         The order is the library's own. The token rows that a ruling is given begin with the start token.
         """
@@ -61,8 +67,8 @@ class ReadingModel:
         rules = processing.LogitsProcessorList()
         if config.repetition_penalty not in (None, 1.0):
             rules.append(processing.RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
-        if config.no_repeat_ngram_size:
-            rules.append(processing.NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size))
+        if decoding.no_repeat_ngram_size:
+            rules.append(processing.NoRepeatNGramLogitsProcessor(decoding.no_repeat_ngram_size))
         if config.bad_words_ids:
             rules.append(processing.NoBadWordsLogitsProcessor(config.bad_words_ids, eos))
         if config.min_length and eos:
@@ -124,7 +130,6 @@ def load(name: str, source: str, settings: Settings, hardware: Hardware) -> Read
         networks=networks,
         start_id=start_id,
         eos_ids=frozenset(eos if isinstance(eos, list) else [eos]),
-        early_stopping=generation.early_stopping or False,
         generation=generation,
         processor=processor,
         tokenizer=tokenizer,
@@ -139,11 +144,17 @@ def _default_decoding(generation: GenerationConfig, usual_length: int, limit: in
     length = generation.max_new_tokens
     if length is None and generation.max_length is not None:
         length = generation.max_length - 1  # the start token counts there
+    # What the library calls True, False and "never".
+    early_stopping: EarlyStopping = "first" if generation.early_stopping is True else "heuristic"
+    if generation.early_stopping == "never":
+        early_stopping = "never"
     return Decoding(
         beam_width=width,
         hypothesis_count=min(max(generation.num_return_sequences or 1, 1), width),
         length_penalty=min(max(penalty, -LENGTH_PENALTY_MOST), LENGTH_PENALTY_MOST),
         max_new_token_count=max(1, min(usual_length if length is None else length, limit)),
+        no_repeat_ngram_size=min(max(generation.no_repeat_ngram_size or 0, 0), NO_REPEAT_NGRAM_MOST),
+        early_stopping=early_stopping,
     )
 
 

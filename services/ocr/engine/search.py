@@ -7,11 +7,9 @@ row each of its next rows continues. Its choices are those of the transformers l
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 from services.ocr.domain import Decoding
-
-EarlyStopping = bool | Literal["never"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +50,17 @@ class Search(Protocol):
         """Take one step; answers for each of the new `beams` the row it continues, nothing when the search ended."""
 
     def results(self) -> list[tuple[Beam, float]]:
-        """The finished beams with their scores, best first; call once the search has ended."""
+        """The finished beams with their scores, best first; call once the search has ended.
+
+        Empty only if every token was ruled out before any text was finished.
+        """
 
 
-def start(decoding: Decoding, *, eos_ids: frozenset[int], early_stopping: EarlyStopping) -> Search:
-    """A new search. early_stopping: True ends it as soon as beam_width texts are finished, False as soon as the best
-    unfinished one cannot beat them by its present length, "never" only when it cannot by any length."""
+def start(decoding: Decoding, *, eos_ids: frozenset[int]) -> Search:
+    """A new search, greedy for a beam_width of 1."""
     if decoding.beam_width == 1:
         return Greedy(decoding, eos_ids)
-    return BeamSearch(decoding, eos_ids, early_stopping)
+    return BeamSearch(decoding, eos_ids)
 
 
 class Greedy:
@@ -74,6 +74,9 @@ class Greedy:
 
     def advance(self, rows: Sequence[Candidates]) -> list[int]:
         (row,) = rows
+        if row.scores[0] == -math.inf:
+            self.beams = []
+            return []
         beam = self.beams[0].extended(row.ids[0], row.scores[0], row.log_probabilities[0])
         self.beams = [beam]
         ended = beam.ids[-1] in self._eos_ids or len(beam.ids) >= self._decoding.max_new_token_count
@@ -86,13 +89,12 @@ class Greedy:
 class BeamSearch:
     """Keeps the beam_width likeliest texts under way, and the beam_width best finished ones."""
 
-    def __init__(self, decoding: Decoding, eos_ids: frozenset[int], early_stopping: EarlyStopping) -> None:
+    def __init__(self, decoding: Decoding, eos_ids: frozenset[int]) -> None:
         self.beams = [Beam((), (), 0.0)]
         # Enough that beam_width can go on even when the best ones all end at this step.
         self.candidate_count = max(2, 1 + len(eos_ids)) * decoding.beam_width
         self._decoding = decoding
         self._eos_ids = eos_ids
-        self._early_stopping = early_stopping
         self._finished: list[tuple[float, Beam]] = []  # best first
         self._improvable = True
 
@@ -126,7 +128,7 @@ class BeamSearch:
 
     def _finish(self, ended: list[Beam]) -> None:
         full = len(self._finished) == self._decoding.beam_width
-        if not self._improvable or (full and self._early_stopping is True):
+        if not self._improvable or (full and self._decoding.early_stopping == "first"):
             return
         self._finished += [(beam.ranked(self._decoding.length_penalty), beam) for beam in ended]
         self._finished.sort(key=lambda pair: -pair[0])
@@ -135,11 +137,11 @@ class BeamSearch:
     def _worth_going_on(self) -> bool:
         if len(self._finished) < self._decoding.beam_width:
             return True
-        if self._early_stopping is True:
+        if self._decoding.early_stopping == "first":
             return False
         best, penalty = self.beams[0], self._decoding.length_penalty
         # With a positive penalty a longer text ranks higher: "never" grants it all the length there is.
-        hopeful = self._early_stopping == "never" and penalty > 0
+        hopeful = self._decoding.early_stopping == "never" and penalty > 0
         length = self._decoding.max_new_token_count if hopeful else len(best.ids)
         self._improvable = best.total / length**penalty > self._finished[-1][0]
         return self._improvable

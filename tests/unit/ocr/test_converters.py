@@ -13,7 +13,8 @@ from services.kit.faults import Fault, Kind
 from services.ocr import converters
 from services.ocr.domain import Decoding, EngineInfo, Hypothesis, ModelInfo, Recognition, Token
 
-MODEL = ModelInfo("small", "cpu", "torch", "float32", 1000, Decoding(4, 2, 1.5, 60), 96, is_default=True)
+USUAL = Decoding(4, 2, 1.5, 60, 3, "never")
+MODEL = ModelInfo("small", "cpu", "torch", "float32", 1000, USUAL, 96, is_default=True)
 OTHER = ModelInfo("large", "cuda", "torch", "bfloat16", 9000, Decoding(1, 1, 1.0, 20), 512, is_default=False)
 INFO = EngineInfo((MODEL, OTHER))
 
@@ -42,18 +43,30 @@ numbers = st.none() | st.integers(-(2**31), 2**31 - 1) | st.integers(-2, 20)
 
 
 @given(
-    width=numbers, count=numbers, length=numbers, penalty=st.none() | st.floats(width=32) | st.floats(-6, 6, width=32)
+    width=numbers,
+    count=numbers,
+    length=numbers,
+    penalty=st.none() | st.floats(width=32) | st.floats(-6, 6, width=32),
+    ngram=numbers | st.integers(60, 70),
+    stopping=st.none() | st.integers(-1, 5),
 )
 def test_options_are_taken_as_they_are_or_named(
-    width: int | None, count: int | None, length: int | None, penalty: float | None
+    width: int | None,
+    count: int | None,
+    length: int | None,
+    penalty: float | None,
+    ngram: int | None,
+    stopping: int | None,
 ) -> None:
     given_options: dict[str, Any] = {
         "beam_width": width,
         "hypothesis_count": count,
         "max_new_token_count": length,
         "length_penalty": penalty,
+        "no_repeat_ngram_size": ngram,
     }
     options = ocr_pb2.DecodingOptions(**{name: value for name, value in given_options.items() if value is not None})
+    options.early_stopping = stopping or 0  # type: ignore[assignment]
     effective_width = MODEL.default_decoding.beam_width if width is None else width
     wrong = set()
     if width is not None and not 1 <= width <= 16:
@@ -64,6 +77,10 @@ def test_options_are_taken_as_they_are_or_named(
         wrong.add("decoding.max_new_token_count")
     if penalty is not None and not (math.isfinite(penalty) and -5 <= penalty <= 5):
         wrong.add("decoding.length_penalty")
+    if ngram is not None and not 0 <= ngram <= 64:
+        wrong.add("decoding.no_repeat_ngram_size")
+    if stopping is not None and not 0 <= stopping <= 3:
+        wrong.add("decoding.early_stopping")
     if wrong:
         with pytest.raises(Fault) as caught:
             converters.decoding_of(options, MODEL)
@@ -74,11 +91,19 @@ def test_options_are_taken_as_they_are_or_named(
     assert 1 <= decoding.hypothesis_count <= decoding.beam_width <= 16
     for name, value in given_options.items():
         assert value is None or getattr(decoding, name) == value
+    assert decoding.early_stopping == ["never", "first", "heuristic", "never"][stopping or 0]
+
+
+def test_what_the_model_list_shows_asks_for_the_models_own_default() -> None:
+    listed = {m.name: m.default_decoding for m in converters.models(INFO, ready=True).models}
+    assert converters.decoding_of(listed["small"], MODEL) == MODEL.default_decoding
+    assert converters.decoding_of(listed["large"], OTHER) == OTHER.default_decoding
+    assert listed["small"].early_stopping == ocr_pb2.EARLY_STOPPING_NEVER
 
 
 def test_a_recognition_keeps_everything() -> None:
     token = Token(7, "ß", math.log(0.5))
-    read = Recognition((Hypothesis("ß", math.log(0.5), -0.6, 0.5, (token,)),), True, 3, 1.5)
+    read = Recognition((Hypothesis("ß", math.log(0.5), -0.6, 0.5, (token,)),), True, 3, 1.5, 0.25, True, True, True)
     message = converters.recognition(read, MODEL, queue_ms=1.5, engine_ms=20.25)
     assert message == ocr_pb2.Recognition(
         hypotheses=[
@@ -93,6 +118,10 @@ def test_a_recognition_keeps_everything() -> None:
         truncated=True,
         model="small",
         timing=common_pb2.Timing(queue_ms=1.5, engine_ms=20.25),
+        confidence=0.25,
+        confidence_calibrated=True,
+        repetition_suspected=True,
+        blank=True,
     )
 
 

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -49,6 +50,15 @@ def check_equal(engine: OcrEngine, model: VisionEncoderDecoderModel, decoding: D
         beams(4, penalty=0.0),
         beams(3, penalty=-1.5),
         beams(16, length=40),
+        beams(1, ngram=1),
+        beams(1, ngram=2),
+        beams(4, ngram=2),
+        beams(3, ngram=3, length=40),
+        beams(4, stopping="first"),
+        beams(4, penalty=2.0, stopping="first"),
+        beams(4, penalty=2.0, stopping="never"),
+        beams(4, penalty=-1.0, stopping="never"),
+        beams(5, penalty=0.5, ngram=1, stopping="never", length=30),
     ],
     ids=str,
 )
@@ -89,9 +99,9 @@ def test_other_models_and_their_generation_configs_equal_generate(
     model = tiny_trocr.build(**build)
     folder = tiny_trocr.save(tmp_path, model, **generation)
     engine = create_engine(Settings(models={"tiny": str(folder)}, threads=1).model_dump_json())
-    penalty = generation.get("length_penalty", 1.0)
-    check_equal(engine, model, GREEDY)
-    check_equal(engine, model, beams(4, penalty=penalty))
+    own = msgspec.structs.replace(engine.info().models[0].default_decoding, max_new_token_count=20)
+    check_equal(engine, model, msgspec.structs.replace(own, beam_width=1))
+    check_equal(engine, model, msgspec.structs.replace(own, beam_width=4, hypothesis_count=4))
 
 
 def test_log_probabilities_are_the_models_own(engine: OcrEngine, tiny_model: VisionEncoderDecoderModel) -> None:
@@ -115,11 +125,13 @@ def test_log_probabilities_are_the_models_own(engine: OcrEngine, tiny_model: Vis
             assert "".join(token.text for token in hypothesis.tokens) == hypothesis.text
 
 
+OTHERS = [beams(1, ngram=2), beams(4, ngram=1, stopping="first"), beams(3, ngram=3, penalty=2.0, stopping="never")]
+
 # A call: which line, how it is read, how many steps pass before the next call, and whom to cancel then.
 CALLS = st.lists(
     st.tuples(
         st.integers(0, len(LINES) - 1),
-        st.sampled_from([GREEDY, beams(2), beams(4), beams(3, length=5), beams(16, count=2, length=9)]),
+        st.sampled_from([GREEDY, beams(2), beams(4), beams(3, length=5), beams(16, count=2, length=9), *OTHERS]),
         st.integers(0, 6),
         st.none() | st.integers(0, 9),
     ),

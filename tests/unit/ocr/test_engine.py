@@ -120,10 +120,17 @@ def load(folder: Path | str, **options: Any) -> OcrEngine:
 
 def test_the_folders_generation_config_gives_the_defaults(tmp_path: Path) -> None:
     folder = tiny_trocr.save(
-        tmp_path, tiny_trocr.build(), num_beams=5, length_penalty=2.0, max_length=31, num_return_sequences=2
+        tmp_path,
+        tiny_trocr.build(),
+        num_beams=5,
+        length_penalty=2.0,
+        max_length=31,
+        num_return_sequences=2,
+        no_repeat_ngram_size=3,
+        early_stopping=True,
     )
     (info,) = load(folder).info().models
-    assert info.default_decoding == Decoding(5, 2, 2.0, 30)  # the start token counts in max_length
+    assert info.default_decoding == Decoding(5, 2, 2.0, 30, 3, "first")  # the start token counts in max_length
     assert info.max_new_token_limit == 48
 
 

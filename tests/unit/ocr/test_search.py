@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.ocr.domain import Decoding
+from services.ocr.domain import Decoding, EarlyStopping
 from services.ocr.engine import search
 from services.ocr.engine.search import Candidates
 
@@ -55,21 +55,19 @@ def every_text(language: Language, penalty: float) -> dict[tuple[int, ...], floa
 def test_beams_enough_for_every_text_find_the_best_ones_in_order(language: Language, penalty: float) -> None:
     texts = every_text(language, penalty)
     assert len(texts) < 16
-    found = run(
-        search.start(Decoding(16, 16, penalty, LENGTH), eos_ids=frozenset([EOS]), early_stopping=False), language
-    )
+    found = run(search.start(Decoding(16, 16, penalty, LENGTH), eos_ids=frozenset([EOS])), language)
     assert len(found) == len(texts)
     assert [score for _, score in found] == pytest.approx(sorted(texts.values(), reverse=True))
     assert all(score == pytest.approx(texts[ids]) for ids, score in found)
 
 
-@given(language=languages, width=st.integers(2, 5), early=st.sampled_from([True, False, "never"]))
+@given(language=languages, width=st.integers(2, 5), early=st.sampled_from(["first", "heuristic", "never"]))
 def test_a_search_answers_whole_different_texts_best_first(
-    language: Language, width: int, early: search.EarlyStopping
+    language: Language, width: int, early: EarlyStopping
 ) -> None:
     texts = every_text(language, 1.0)
     found = run(
-        search.start(Decoding(width, width, 1.0, LENGTH), eos_ids=frozenset([EOS]), early_stopping=early), language
+        search.start(Decoding(width, width, 1.0, LENGTH, early_stopping=early), eos_ids=frozenset([EOS])), language
     )
     assert len({ids for ids, _ in found}) == len(found) == width
     assert [score for _, score in found] == sorted((texts[ids] for ids, _ in found), reverse=True)
@@ -80,15 +78,20 @@ def test_greedy_takes_the_likeliest_token_each_time(language: Language) -> None:
     wanted: tuple[int, ...] = ()
     while len(wanted) < LENGTH and EOS not in wanted:
         wanted += (max(VOCABULARY, key=lambda token: language[wanted][token]),)
-    ((ids, score),) = run(
-        search.start(Decoding(1, 1, 1.0, LENGTH), eos_ids=frozenset([EOS]), early_stopping=False), language
-    )
+    ((ids, score),) = run(search.start(Decoding(1, 1, 1.0, LENGTH), eos_ids=frozenset([EOS])), language)
     assert ids == wanted
     assert score == pytest.approx(every_text(language, 1.0)[ids])
 
 
 def test_a_token_that_is_ruled_out_is_never_taken() -> None:
-    started = search.start(Decoding(2, 2, 1.0, LENGTH), eos_ids=frozenset([EOS]), early_stopping=False)
+    started = search.start(Decoding(2, 2, 1.0, LENGTH), eos_ids=frozenset([EOS]))
     rows = [Candidates([1, 2, EOS], [-1.0, -math.inf, -math.inf], [-1.0, -0.5, -0.1])]
     assert started.advance(rows) == [0]
     assert [beam.ids for beam in started.beams] == [(1,)]
+
+
+def test_a_search_whose_every_token_is_ruled_out_ends_without_a_result() -> None:
+    for width in (1, 2):
+        started = search.start(Decoding(width, width, 1.0, LENGTH), eos_ids=frozenset([EOS]))
+        assert started.advance([Candidates([1, 2, EOS], [-math.inf] * 3, [-1.0] * 3)]) == []
+        assert started.results() == []
