@@ -16,6 +16,7 @@ from services.ocr.domain import Line
 
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")
 ACCEPTED = "PNG, JPEG, WebP, TIFF or BMP"
+# The request field that faults name unless the caller says another.
 FIELD = "image.content"
 
 # The limits below are stricter and name the field; Pillow's own would only add warnings and errors of its own.
@@ -44,13 +45,13 @@ class Limits:
     min_side: int
 
 
-def check_size(content: bytes, limits: Limits) -> None:
+def check_size(content: bytes, limits: Limits, field: str = FIELD) -> None:
     """Raise Fault for an empty image or one with too many encoded bytes; looks at the length only."""
     if not content:
-        raise invalid_field(FIELD, f"it is empty; send the bytes of one {ACCEPTED} file", reason="IMAGE_EMPTY")
+        raise invalid_field(field, f"it is empty; send the bytes of one {ACCEPTED} file", reason="IMAGE_EMPTY")
     if len(content) > limits.max_bytes:
         raise too_large(
-            FIELD,
+            field,
             "IMAGE_TOO_LARGE",
             f"{len(content)} bytes are more than the limit of {limits.max_bytes}",
             size_bytes=len(content),
@@ -58,57 +59,62 @@ def check_size(content: bytes, limits: Limits) -> None:
         )
 
 
-def decode(content: bytes, limits: Limits) -> Line:
+def decode(content: bytes, limits: Limits, field: str = FIELD) -> Line:
     """Decode one image into 8-bit RGB, upright by its EXIF orientation, transparency laid on white.
 
     Of a file with several frames the first is taken. 16-bit and floating-point grey is scaled to 8 bits. Raises Fault
-    (INVALID_ARGUMENT or TOO_LARGE) with field `image.content` for anything that is not a whole image within `limits`.
+    (INVALID_ARGUMENT or TOO_LARGE), naming `field`, for anything that is not a whole image within `limits`.
     """
-    check_size(content, limits)
-    image = _open(content)
-    _check_dimensions(image.size, limits)
+    check_size(content, limits, field)
+    line = to_rgb(open_image(content, field), limits, field)
+    return Line(line.width, line.height, line.tobytes())
+
+
+def to_rgb(image: ImageFile.ImageFile, limits: Limits, field: str = FIELD) -> Image.Image:
+    """Decode the present frame of an opened image as `decode` does; raises the same Faults."""
+    _check_dimensions(image.size, limits, field)
     kind = image.format or "image"
     try:
         image.load()
     except Exception as error:  # noqa: BLE001 - decoders raise whatever they meet in a damaged file
-        raise _damaged(kind, error) from None
+        raise damaged(kind, error, field) from None
     try:
-        line = _to_rgb(_upright(image))
+        return _to_rgb(_upright(image), field)
     except (ValueError, KeyError):
         raise invalid_field(
-            FIELD,
+            field,
             f"colour mode {image.mode} is not readable; save the image as 8-bit grey or RGB",
             reason="IMAGE_MODE_UNSUPPORTED",
         ) from None
-    return Line(line.width, line.height, line.tobytes())
 
 
-def _open(content: bytes) -> ImageFile.ImageFile:
+def open_image(content: bytes, field: str = FIELD) -> ImageFile.ImageFile:
+    """Read the header of one of the accepted formats; raises Fault (INVALID_ARGUMENT) for anything else."""
     try:
         return Image.open(io.BytesIO(content), formats=FORMATS)
     except UnidentifiedImageError:
-        kind = _signature(content)
+        kind = signature(content)
         if kind is None:
             raise invalid_field(
-                FIELD, f"it is not an image that can be read; accepted: {ACCEPTED}", reason="IMAGE_NOT_RECOGNISED"
+                field, f"it is not an image that can be read; accepted: {ACCEPTED}", reason="IMAGE_NOT_RECOGNISED"
             ) from None
         size = _declared_size(kind, content)
         if size is not None and 0 in size:
             raise invalid_field(
-                FIELD,
+                field,
                 f"the {kind} is {size[0]}x{size[1]} pixels; both sides must be above 0",
                 reason="IMAGE_TOO_SMALL",
             ) from None
-        raise _damaged(kind, None) from None
+        raise damaged(kind, None, field) from None
     except Exception as error:  # noqa: BLE001 - a header can be broken in any way
-        raise _damaged(_signature(content) or "image", error) from None
+        raise damaged(signature(content) or "image", error, field) from None
 
 
-def _check_dimensions(size: tuple[int, int], limits: Limits) -> None:
+def _check_dimensions(size: tuple[int, int], limits: Limits, field: str) -> None:
     width, height = size
     if width * height > limits.max_pixels:
         raise too_large(
-            FIELD,
+            field,
             "IMAGE_TOO_MANY_PIXELS",
             f"{width}x{height} pixels are {width * height}, more than the limit of {limits.max_pixels};"
             " scale the image down",
@@ -118,7 +124,7 @@ def _check_dimensions(size: tuple[int, int], limits: Limits) -> None:
         )
     if min(width, height) < limits.min_side:
         raise invalid_field(
-            FIELD,
+            field,
             f"{width}x{height} pixels are too few; each side must be at least {limits.min_side}",
             reason="IMAGE_TOO_SMALL",
             width=width,
@@ -127,11 +133,12 @@ def _check_dimensions(size: tuple[int, int], limits: Limits) -> None:
         )
 
 
-def _damaged(kind: str, error: Exception | None) -> Fault:
+def damaged(kind: str, error: Exception | None, field: str = FIELD) -> Fault:
+    """The fault of a file that looked like a `kind` and could not be decoded; `error` tells whether it was cut off."""
     cut = error is not None and ("truncated" in str(error).lower() or isinstance(error, EOFError))
     what = "ends too early" if cut else "is damaged and cannot be decoded"
     return invalid_field(
-        FIELD,
+        field,
         f"the {kind} {what}; send the whole file",
         reason="IMAGE_TRUNCATED" if cut else "IMAGE_DAMAGED",
     )
@@ -145,11 +152,11 @@ def _upright(image: Image.Image) -> Image.Image:
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, field: str) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode == "F" or image.mode.startswith("I"):
-        return _grey_to_8_bit(image).convert("RGB")
+        return _grey_to_8_bit(image, field).convert("RGB")
     if image.has_transparency_data:
         # Premultiplied and palette modes only convert to RGBA, and from there lie on white like any other.
         rgba = image.convert("RGBA")
@@ -158,13 +165,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _grey_to_8_bit(image: Image.Image) -> Image.Image:
+def _grey_to_8_bit(image: Image.Image, field: str) -> Image.Image:
     """Scale wide grey to 0–255: 16-bit by its range, other types by the smallest usual range that holds the values."""
     sixteen_bit = image.mode.startswith("I;16")
     wide = image if image.mode in ("I", "F") else image.convert("I")
     low, high = (float(extreme) for extreme in wide.getextrema())  # type: ignore[arg-type]  # one band, two numbers
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise invalid_field(FIELD, "it has pixels that are not finite numbers", reason="IMAGE_DAMAGED")
+        raise invalid_field(field, "it has pixels that are not finite numbers", reason="IMAGE_DAMAGED")
     if sixteen_bit:
         scale, offset = 255 / 65535, 0.0
     elif image.mode == "F" and low >= 0 and high <= 1:
@@ -180,7 +187,8 @@ def _grey_to_8_bit(image: Image.Image) -> Image.Image:
     return wide.convert("F").point(lambda value: value * scale + offset + 0.5).convert("L")
 
 
-def _signature(content: bytes) -> str | None:
+def signature(content: bytes) -> str | None:
+    """The accepted image format that the first bytes look like."""
     if content.startswith(b"\x89PNG\r\n\x1a\n"):
         return "PNG"
     if content.startswith(b"\xff\xd8\xff"):
