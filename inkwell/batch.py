@@ -8,9 +8,10 @@ from collections import deque
 from collections.abc import Iterator
 from typing import TypeAlias
 
-from inkwell import converters, types
-from inkwell.channel import BATCH_REQUEST_BYTES_MOST
-from inkwell.errors import FieldViolation, InkwellError, InternalError, InvalidRequest, TooLarge, error_from_status
+from inkwell import types
+from inkwell.channel import BATCH_REQUEST_BYTES_MOST, ENVELOPE_BYTES
+from inkwell.converters import read
+from inkwell.errors import FieldViolation, InkwellError, InternalError, InvalidRequest, error_from_status
 from inkwell.ocr.v1 import ocr_pb2
 
 BatchItem: TypeAlias = types.ImageSource | tuple[str, types.ImageSource]
@@ -22,13 +23,14 @@ Outcome: TypeAlias = tuple[str, types.Reading | InkwellError]
 WINDOW = 16
 """Images under way on one stream at most: sent, and their answer not yet taken by the caller."""
 
-_ENVELOPE_BYTES = 4096  # room for everything in a request that is not the image
+IMAGE_BYTES_MOST = BATCH_REQUEST_BYTES_MOST - ENVELOPE_BYTES
+"""The longest image on such a stream."""
 
 
 class BatchBook:
     """Numbers images, keeps what failed before it was sent, and joins answers to the caller's ids."""
 
-    def __init__(self, options: converters.ReadOptions) -> None:
+    def __init__(self, options: read.ReadOptions) -> None:
         self._options = options
         self._count = 0
         self._under_way: dict[str, str] = {}
@@ -46,19 +48,10 @@ class BatchBook:
             return str(position), item
         return os.fspath(item), item
 
-    def request(self, caller_id: str, content: bytes) -> ocr_pb2.BatchRecognizeRequest | None:
-        """What to send; None if it cannot be sent, which then is among the failures.
-
-        Raises InvalidRequest for options that no image could be sent with.
-        """
-        most = BATCH_REQUEST_BYTES_MOST - _ENVELOPE_BYTES
-        if len(content) > most:
-            text = f"{len(content)} bytes; at most {most} travel on a shared stream"
-            violation = FieldViolation("image.content", text)
-            self.fail(caller_id, TooLarge(f"image.content: {text}", reason="MESSAGE_TOO_LARGE", fields=(violation,)))
-            return None
+    def request(self, caller_id: str, content: bytes) -> ocr_pb2.BatchRecognizeRequest:
+        """What to send; raises InvalidRequest for options that no image could be sent with."""
         wire_id = str(self._count)
-        request = converters.batch_recognize_request(wire_id, content, self._options)
+        request = read.batch_recognize_request(wire_id, content, self._options)
         self._under_way[wire_id] = caller_id
         return request
 
@@ -85,7 +78,7 @@ class BatchBook:
         if response.WhichOneof("outcome") == "error":
             return caller_id, error_from_status(response.error)
         try:
-            return caller_id, converters.reading(response.result, served)
+            return caller_id, read.reading(response.result, served)
         except InkwellError as error:
             return caller_id, error
 

@@ -16,9 +16,15 @@ DEFAULT_TIMEOUT_S = 300.0
 
 MIB = 1 << 20
 
+REQUEST_BYTES_MOST = (1 << 31) - 1
+"""The longest request: protobuf's own limit. Servers take less, 32 MiB unless set otherwise, and say so themselves."""
+
 BATCH_REQUEST_BYTES_MOST = 32 * MIB
 """The longest request on a shared stream, where one that a server refuses would end the stream for all: what servers
-take unless set otherwise. Other requests of any length are sent, and refused by the server that finds them too long."""
+take unless set otherwise."""
+
+ENVELOPE_BYTES = 4096
+"""Room for everything in a request that is not the file."""
 
 RESPONSE_BYTES_MOST = 256 * MIB
 """The longest answer: several large pictures at once."""

@@ -9,7 +9,7 @@ import json
 import warnings
 from typing import Any
 
-from inkwell.converters import load_image
+from inkwell.files import load
 from inkwell.types import GenerationParameters, ImageSource
 
 _PNG_KEY = "inkwell"
@@ -32,7 +32,7 @@ def embedded_parameters(picture: ImageSource) -> GenerationParameters:
 
     Raises OSError if the file cannot be read, and ValueError if it is no PNG, JPEG or WebP or carries no parameters.
     """
-    text = _embedded_text(load_image(picture))
+    text = _embedded_text(load(picture))
     try:
         values = json.loads(text)
         if not isinstance(values, dict):

@@ -9,7 +9,7 @@ import typer
 from inkwell import types
 from inkwell.aio import AsyncClient
 from inkwell.cli import report
-from inkwell.converters import Service
+from inkwell.converters.inventory import Service
 from inkwell.errors import InkwellError, Unimplemented
 
 SERVICES: tuple[Service, ...] = ("ocr", "diffusion")

@@ -19,8 +19,10 @@ CONNECTION = [
     "hardware", "priority", "timeout_s", "wait_for_ready_s", "credentials", "metadata",
 ]  # fmt: skip
 READING = [
-    "model", "beam_width", "hypothesis_count", "length_penalty", "max_new_token_count", "timeout_s",
+    "model", "languages", "beam_width", "hypothesis_count", "length_penalty", "max_new_token_count",
+    "no_repeat_ngram_size", "early_stopping", "timeout_s",
 ]  # fmt: skip
+DOCUMENTS = ["pages", "dpi", "min_confidence", "orientation", "export", *READING]
 PAINTING = [
     "negative_prompt", "model", "width", "height", "steps", "guidance_scale", "scheduler", "seed", "image_count",
     "media_type", "quality", "previews", "timeout_s",
@@ -32,21 +34,30 @@ METHODS: dict[str, tuple[list[str], list[str]]] = {
     "read": (["image"], [*READING, "on_event"]),
     "read_stream": (["image"], READING),
     "read_many": (["images"], READING),
+    "read_document": (["document"], [*DOCUMENTS, "on_event"]),
+    "read_document_stream": (["document"], DOCUMENTS),
+    "embed": (["images"], ["model", "pooling", "dtype", "normalize", "timeout_s"]),
     "paint": (["prompt"], [*PAINTING, "on_event"]),
     "paint_stream": (["prompt"], PAINTING),
     "models": (["service"], ["timeout_s"]),
+    "load_model": (["name"], ["precision", "timeout_s", "on_event"]),
+    "load_model_stream": (["name"], ["precision", "timeout_s"]),
+    "unload_model": (["name"], ["timeout_s"]),
     "schedulers": ([], ["timeout_s"]),
     "fleet": ([], ["service", "hardware", "timeout_s"]),
     "close": ([], []),
 }
 
 NAMES = [
-    "AsyncClient", "Cancelled", "Client", "DeadlineExceeded", "Decoding", "DiffusionModel", "Endpoint",
-    "EndpointState", "FailedPrecondition", "FieldViolation", "GenerationParameters", "Hypothesis", "Image",
-    "ImageSource", "InkwellError", "InternalError", "InvalidRequest", "Model", "ModelState", "NotFound", "OcrModel",
-    "Overloaded", "PaintEvent", "PaintResult", "Partial", "PermissionDenied", "Picture", "Pool", "Preview",
-    "Progress", "Queued", "ReadEvent", "ReadResult", "Reading", "Scheduler", "ServedBy", "Started", "Timing", "Token",
-    "TooLarge", "Unauthenticated", "Unavailable", "Unimplemented", "__version__", "embedded_parameters",
+    "AsyncClient", "Cancelled", "Client", "DeadlineExceeded", "Decoding", "DiffusionModel", "Document",
+    "DocumentEvent", "DocumentLine", "DocumentPage", "DocumentProgress", "DocumentResult", "EarlyStopping",
+    "Embeddings", "Endpoint", "EndpointState", "Export", "ExportFormat", "ExportReady", "FailedPrecondition",
+    "FieldViolation", "GenerationParameters", "Hypothesis", "Image", "ImageSource", "InkwellError", "InternalError",
+    "InvalidRequest", "LineRead", "LoadEvent", "LoadProgress", "LoadResult", "LoadStage", "Model", "ModelState",
+    "NotFound", "OcrModel", "Overloaded", "PageRead", "PageStarted", "PaintEvent", "PaintResult", "Partial",
+    "PermissionDenied", "Picture", "Pool", "Precision", "Preview", "Progress", "Queued", "ReadEvent", "ReadResult",
+    "Reading", "Scheduler", "ServedBy", "Started", "Timing", "Token", "TooLarge", "Unauthenticated", "Unavailable",
+    "Unimplemented", "__version__", "embedded_parameters",
 ]  # fmt: skip
 
 
@@ -76,7 +87,7 @@ def test_both_clients_have_the_same_defaults(method: str) -> None:
 
 def test_clients_have_no_other_public_methods() -> None:
     for client in (inkwell.Client, inkwell.AsyncClient):
-        assert {name for name in vars(client) if not name.startswith("_")} == set(METHODS) - {"__init__"}
+        assert {name for name in dir(client) if not name.startswith("_")} == set(METHODS) - {"__init__"}
 
 
 def public_classes() -> list[type]:
@@ -126,6 +137,11 @@ with inkwell.Client("localhost:1", hardware="cuda, cpu", metadata={"x": "y"}) as
     text: str = client.read(Path("line.png"), on_event=print).text
     for name, got in client.read_many({"a": "a.png"}.items()):
         line: str = got.text if isinstance(got, inkwell.Reading) else got.hint
+    document: inkwell.Document = client.read_document("a.pdf", pages="1-3", export=["hocr"], languages="fr")
+    files: list[Path] = [export.save("a") for export in document.exports.values()]
+    boxes: list[float] = [x for line in document.lines for x, y in line.polygon]
+    numbers: list[int] = list(client.embed(["a.png"], pooling="cls").shape)
+    width: int = client.load_model("x", precision=inkwell.Precision.INT8_DYNAMIC).embedding_width
     for event in client.paint_stream("x"):
         if isinstance(event, inkwell.PaintResult):
             saved: Path = event.pictures[0].save("x.png")

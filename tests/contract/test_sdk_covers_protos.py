@@ -1,13 +1,17 @@
 """The SDK says everything that the protos say: a field or a call added there is missed here until the SDK has it."""
 
 import dataclasses
+import inspect
 from typing import Any
 
 import pytest
 
 import inkwell
 from inkwell.common.v1 import common_pb2
-from inkwell.converters import PaintOptions, ReadOptions
+from inkwell.converters import document, embed
+from inkwell.converters.document import DocumentOptions
+from inkwell.converters.paint import PaintOptions
+from inkwell.converters.read import ReadOptions
 from inkwell.diffusion.v1 import diffusion_pb2
 from inkwell.gateway.v1 import gateway_pb2
 from inkwell.ocr.v1 import ocr_pb2
@@ -25,6 +29,8 @@ SAME: list[tuple[Any, type]] = [
     (gateway_pb2.Endpoint, inkwell.Endpoint),
     (common_pb2.Timing, inkwell.Timing),
     (common_pb2.Image, inkwell.Image),
+    (ocr_pb2.ExportChunk, inkwell.Export),
+    (ocr_pb2.DocumentLine, inkwell.DocumentLine),
 ]
 
 # Message → dataclass with the same fields and these more.
@@ -35,11 +41,25 @@ MORE: list[tuple[Any, type, set[str]]] = [
     (common_pb2.Started, inkwell.Started, {"sequence"}),
     (common_pb2.Progress, inkwell.Progress, {"sequence"}),
     (diffusion_pb2.Preview, inkwell.Preview, {"sequence"}),
+    (ocr_pb2.DocumentPage, inkwell.DocumentPage, {"lines"}),
+    (ocr_pb2.DocumentProgress, inkwell.DocumentProgress, {"sequence"}),
+    (ocr_pb2.DocumentResult, inkwell.Document, {"pages", "exports", "served_by"}),
+    (ocr_pb2.LineRead, inkwell.LineRead, {"sequence"}),
+    (ocr_pb2.LoadProgress, inkwell.LoadProgress, {"sequence"}),
+    (ocr_pb2.LoadResult, inkwell.LoadResult, {"sequence"}),
+    (common_pb2.Tensor, inkwell.Embeddings, {"model", "timing", "served_by"}),
 ]
+
+# Fields that the dataclass calls otherwise, or that say how the message travels.
+RENAMED: dict[Any, dict[str, str | None]] = {
+    ocr_pb2.ExportChunk: {"is_last": None},
+    ocr_pb2.DocumentLine: {"recognition": "reading"},
+}
 
 
 def fields_of(message: Any) -> set[str]:
-    return {field.name for field in message.DESCRIPTOR.fields}
+    renamed = RENAMED.get(message, {})
+    return {name for field in message.DESCRIPTOR.fields if (name := renamed.get(field.name, field.name))}
 
 
 def names_of(kind: type) -> set[str]:
@@ -61,13 +81,26 @@ def test_every_event_has_its_dataclass() -> None:
         return {field.name for field in message.DESCRIPTOR.oneofs_by_name["event"].fields}
 
     assert events(ocr_pb2.StreamRecognizeResponse) == {"queued", "started", "partial", "result"}
+    assert events(ocr_pb2.ReadDocumentResponse) == {
+        "queued", "started", "progress", "page_started", "line", "page", "export", "result",
+    }  # fmt: skip
+    assert events(ocr_pb2.LoadModelResponse) == {"progress", "result"}
     assert events(diffusion_pb2.GenerateResponse) == {"queued", "started", "progress", "preview", "result"}
 
 
 def test_every_request_field_can_be_given() -> None:
-    assert names_of(ReadOptions) == {"model"} | fields_of(ocr_pb2.DecodingOptions)
+    line = {"model", "decoding", "language_hints"}
+    assert names_of(ReadOptions) == {"model", "languages"} | fields_of(ocr_pb2.DecodingOptions)
     for request in (ocr_pb2.RecognizeRequest, ocr_pb2.StreamRecognizeRequest, ocr_pb2.BatchRecognizeRequest):
-        assert fields_of(request) - {"id"} == {"image", "model", "decoding"}
+        assert fields_of(request) - {"id"} == line | {"image"}
+    # The content decides what kind of file it is.
+    renamed = {"page_ranges": "pages", "export_formats": "export"}
+    plain = fields_of(ocr_pb2.ReadDocumentRequest) - line - {"content", "media_type"}
+    assert names_of(DocumentOptions) == {"read"} | {renamed.get(name, name) for name in plain}
+    embedding = set(inspect.signature(inkwell.Client.embed).parameters)
+    assert embedding == fields_of(ocr_pb2.EmbedRequest) | {"self", "timeout_s"}
+    load = set(inspect.signature(inkwell.Client.load_model_stream).parameters)
+    assert load == fields_of(ocr_pb2.LoadModelRequest) | {"self", "timeout_s"}
     renamed = {"step_count": "steps"}
     plain = {renamed.get(name, name) for name in fields_of(diffusion_pb2.GenerateRequest)} - {"output", "preview"}
     assert names_of(PaintOptions) == plain | fields_of(diffusion_pb2.OutputOptions) | {"previews"}
@@ -84,7 +117,11 @@ def test_every_call_has_a_method() -> None:
         "OcrService.Recognize",  # read
         "OcrService.StreamRecognize",  # read_stream
         "OcrService.BatchRecognize",  # read_many
+        "OcrService.ReadDocument",  # read_document, read_document_stream
+        "OcrService.Embed",  # embed
         "OcrService.ListModels",  # models
+        "OcrService.LoadModel",  # load_model, load_model_stream
+        "OcrService.UnloadModel",  # unload_model
         "DiffusionService.Generate",  # paint, paint_stream
         "DiffusionService.ListModels",  # models
         "DiffusionService.ListSchedulers",  # schedulers
@@ -93,11 +130,23 @@ def test_every_call_has_a_method() -> None:
 
 
 @pytest.mark.parametrize(
-    ("enum", "kind"),
-    [(common_pb2.ModelState, inkwell.ModelState), (gateway_pb2.EndpointState, inkwell.EndpointState)],
-    ids=["ModelState", "EndpointState"],
+    ("enum", "kind", "prefix"),
+    [
+        (common_pb2.ModelState, inkwell.ModelState, "MODEL_STATE_"),
+        (gateway_pb2.EndpointState, inkwell.EndpointState, "ENDPOINT_STATE_"),
+        (ocr_pb2.LoadStage, inkwell.LoadStage, "LOAD_STAGE_"),
+        (ocr_pb2.Precision, inkwell.Precision, "PRECISION_"),
+        (ocr_pb2.EarlyStopping, inkwell.EarlyStopping, "EARLY_STOPPING_"),
+        (ocr_pb2.ExportFormat, inkwell.ExportFormat, "EXPORT_FORMAT_"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
 )
-def test_every_state_has_its_name(enum: Any, kind: Any) -> None:
-    prefix = {inkwell.ModelState: "MODEL_STATE_", inkwell.EndpointState: "ENDPOINT_STATE_"}[kind]
-    names = {name.removeprefix(prefix).replace("UNSPECIFIED", "UNKNOWN") for name in enum.keys()}  # noqa: SIM118
-    assert names == set(kind.__members__)
+def test_every_enum_value_has_its_name(enum: Any, kind: Any, prefix: str) -> None:
+    names = {name.removeprefix(prefix) for name in enum.keys()}  # noqa: SIM118
+    assert names - {"UNSPECIFIED"} == set(kind.__members__) - {"UNKNOWN"}
+
+
+def test_every_pooling_and_number_type_and_orientation_can_be_asked_for() -> None:
+    assert len(ocr_pb2.Pooling.keys()) - 1 == len(embed._POOLINGS)
+    assert len(common_pb2.TensorType.keys()) - 1 == len(embed._DTYPES)
+    assert set(ocr_pb2.PageOrientation.values()) == set(document._ORIENTATIONS.values())

@@ -1,0 +1,104 @@
+"""What there is: models, schedulers, pools; and loading models."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from inkwell import types
+from inkwell.common.v1 import common_pb2
+from inkwell.converters import shared
+from inkwell.converters.read import EARLY_STOPPINGS
+from inkwell.diffusion.v1 import diffusion_pb2
+from inkwell.gateway.v1 import gateway_pb2
+from inkwell.ocr.v1 import ocr_pb2
+
+Service = Literal["ocr", "diffusion"]
+
+_ENDPOINT_STATES = shared.by_number(gateway_pb2.EndpointState, "ENDPOINT_STATE_", types.EndpointState)
+_MODEL_STATES = shared.by_number(common_pb2.ModelState, "MODEL_STATE_", types.ModelState)
+_LOAD_STAGES = shared.by_number(ocr_pb2.LoadStage, "LOAD_STAGE_", types.LoadStage)
+_PRECISIONS = shared.by_number(ocr_pb2.Precision, "PRECISION_", types.Precision)
+_PRECISION_NUMBERS = shared.by_name(_PRECISIONS)
+
+
+def ocr_models(message: ocr_pb2.ListModelsResponse) -> Iterator[types.OcrModel]:
+    """In the server's order."""
+    return map(ocr_model, message.models)
+
+
+def ocr_model(message: ocr_pb2.Model) -> types.OcrModel:
+    """One model that reads."""
+    decoding = shared.same_named(message.default_decoding, types.Decoding)
+    decoding["early_stopping"] = EARLY_STOPPINGS.get(message.default_decoding.early_stopping)
+    values = shared.same_named(message, types.OcrModel)
+    values["state"] = _MODEL_STATES.get(message.state, types.ModelState.UNKNOWN)
+    values["default_decoding"] = types.Decoding(**decoding)
+    values["precision"] = _PRECISIONS.get(message.precision)
+    values["languages"] = tuple(message.languages)
+    return types.OcrModel(**values)
+
+
+def load_request(name: str, precision: str | None) -> ocr_pb2.LoadModelRequest:
+    """Raises InvalidRequest for a precision that there is not."""
+    request = ocr_pb2.LoadModelRequest()
+    shared.assign(request, "name", name)
+    shared.assign(request, "precision", shared.choice("precision", precision, _PRECISION_NUMBERS))
+    return request
+
+
+def unload_request(name: str) -> ocr_pb2.UnloadModelRequest:
+    """Whether there is such a model the server knows."""
+    request = ocr_pb2.UnloadModelRequest()
+    shared.assign(request, "name", name)
+    return request
+
+
+def load_event(message: ocr_pb2.LoadModelResponse, served: types.ServedBy) -> types.LoadEvent | None:
+    """None for an event that this version does not know."""
+    match message.WhichOneof("event"):
+        case "progress":
+            stage = _LOAD_STAGES.get(message.progress.stage, types.LoadStage.UNKNOWN)
+            return types.LoadProgress(message.sequence, stage, tuple(message.progress.evicted_models))
+        case "result":
+            return types.LoadResult(message.sequence, ocr_model(message.result.model), message.result.elapsed_ms)
+    return None
+
+
+def diffusion_models(message: diffusion_pb2.ListModelsResponse) -> Iterator[types.DiffusionModel]:
+    """In the server's order."""
+    for model in message.models:
+        values = shared.same_named(model, types.DiffusionModel)
+        values["state"] = _MODEL_STATES.get(model.state, types.ModelState.UNKNOWN)
+        yield types.DiffusionModel(**values)
+
+
+def schedulers(message: diffusion_pb2.ListSchedulersResponse) -> list[types.Scheduler]:
+    """In the server's order."""
+    return [types.Scheduler(**shared.same_named(each, types.Scheduler)) for each in message.schedulers]
+
+
+def list_pools_request(service: str, hardware: str) -> gateway_pb2.ListPoolsRequest:
+    """Empty strings for all."""
+    request = gateway_pb2.ListPoolsRequest()
+    shared.assign(request, "service", service)
+    shared.assign(request, "hardware", hardware)
+    return request
+
+
+def pools(message: gateway_pb2.ListPoolsResponse) -> list[types.Pool]:
+    """In the gateway's order."""
+    return [
+        types.Pool(
+            name=pool.name,
+            service=pool.service,
+            hardware=pool.hardware,
+            targets=tuple(pool.targets),
+            endpoints=tuple(_endpoint(each) for each in pool.endpoints),
+        )
+        for pool in message.pools
+    ]
+
+
+def _endpoint(message: gateway_pb2.Endpoint) -> types.Endpoint:
+    values = shared.same_named(message, types.Endpoint)
+    values["state"] = _ENDPOINT_STATES.get(message.state, types.EndpointState.UNKNOWN)
+    return types.Endpoint(**values)

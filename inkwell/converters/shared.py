@@ -1,0 +1,105 @@
+"""What converting messages of several kinds takes."""
+
+import dataclasses
+import enum
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from google.protobuf.message import Message
+
+from inkwell import types
+from inkwell.common.v1 import common_pb2
+from inkwell.errors import InternalError, invalid
+
+Name = TypeVar("Name", bound=enum.StrEnum)
+
+
+def no_result() -> InternalError:
+    """The error of a stream that ended well but without the event that must be its last."""
+    return InternalError("the server ended the stream without a result", reason="NO_RESULT")
+
+
+def in_sequence(last: int, response: Any) -> int:
+    """The response's `sequence`, which must follow `last`; raises InternalError where part of a stream is missing."""
+    number: int = response.sequence
+    if number != last + 1:
+        raise InternalError(
+            f"the server's stream went from message {last} to message {number}", reason="SEQUENCE_BROKEN"
+        )
+    return number
+
+
+def served_by(metadata: Iterable[tuple[str, str | bytes]] | None) -> types.ServedBy:
+    """What the reply's metadata tell about who serves the call."""
+    told = {key: value for key, value in metadata or () if isinstance(value, str)}
+    return types.ServedBy(
+        hardware=told.get("inkwell-hardware", ""),
+        pool=told.get("inkwell-pool", ""),
+        endpoint=told.get("inkwell-endpoint", ""),
+    )
+
+
+def also_told(served: types.ServedBy, event: object) -> types.ServedBy:
+    """The same with what a Started event adds."""
+    if isinstance(event, types.Started):
+        return dataclasses.replace(served, hardware=event.hardware, runtime=event.runtime)
+    return served
+
+
+def started(number: int, message: common_pb2.Started) -> types.Started:
+    """The event with its sequence number."""
+    return types.Started(number, message.hardware, message.runtime, message.model)
+
+
+def timing(message: common_pb2.Timing) -> types.Timing:
+    """Milliseconds."""
+    return types.Timing(message.queue_ms, message.engine_ms)
+
+
+def same_named(message: Message, kind: type[Any]) -> dict[str, Any]:
+    """The message's values for those fields of dataclass `kind` that are called the same."""
+    known = message.DESCRIPTOR.fields_by_name
+    return {field.name: getattr(message, field.name) for field in dataclasses.fields(kind) if field.name in known}
+
+
+def assign(message: Message, name: str, value: object, *, path: str = "") -> None:
+    """Set a scalar field unless `value` is None or empty; the error names it if the value does not fit its type."""
+    if value is None or value == "":
+        return
+    try:
+        setattr(message, name, value)
+    except (TypeError, ValueError) as error:
+        kind = message.DESCRIPTOR.fields_by_name[name]
+        raise invalid(path or name, f"{_TYPE_NAMES.get(kind.type, 'another type')} expected; {error}") from None
+
+
+_TYPE_NAMES = {5: "a 32-bit whole number", 3: "a 64-bit whole number", 2: "a number", 9: "valid Unicode text"}
+
+
+def by_number(values: Any, prefix: str, kind: type[Name]) -> dict[int, Name]:
+    """The members of `kind` by the number of the protobuf enum value that is called `prefix` and their name."""
+    return {values.Value(prefix + name): member for name, member in kind.__members__.items() if name != "UNKNOWN"}
+
+
+def by_name(numbers: Mapping[int, Name]) -> dict[str, int]:
+    """The other way round: numbers by the members' values."""
+    return {str(member): number for number, member in numbers.items()}
+
+
+def choice(field: str, value: object, numbers: Mapping[str, int]) -> int:
+    """The enum number of a name, 0 (unset) for None; the error lists the names. "-" will do for "_"."""
+    if value is None or value == "":
+        return 0
+    number = numbers.get(value.replace("-", "_")) if isinstance(value, str) else None
+    if number is None:
+        raise invalid(field, f"{value!r} is none of {', '.join(numbers)}")
+    return number
+
+
+def several(field: str, values: object) -> tuple[Any, ...]:
+    """One text or an iterable of them as a tuple; raises InvalidRequest for anything else."""
+    if isinstance(values, str):
+        return (values,)
+    if not isinstance(values, Iterable):
+        raise invalid(field, f"a text or several expected, not {values!r}")
+    return tuple(values)

@@ -1,0 +1,151 @@
+"""What there is: models, schedulers, and the machines behind a gateway."""
+
+import enum
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from inkwell.types.reading import Decoding
+
+
+class ModelState(enum.StrEnum):
+    """Whether a model can serve."""
+
+    UNKNOWN = "unknown"
+    LOADING = "loading"
+    READY = "ready"
+    UNLOADED = "unloaded"
+    """Known but not in memory; a call that names it loads it."""
+
+
+class EndpointState(enum.StrEnum):
+    """Whether a gateway gives calls to an endpoint."""
+
+    UNKNOWN = "unknown"
+    CONNECTING = "connecting"
+    READY = "ready"
+    NOT_READY = "not_ready"
+    UNREACHABLE = "unreachable"
+
+
+class Precision(enum.StrEnum):
+    """What a model's weights are computed with."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    INT8_DYNAMIC = "int8_dynamic"
+    """8-bit weights, activations rounded to 8 bits by the range that each has."""
+    INT8_WEIGHT_ONLY = "int8_weight_only"
+    """8-bit weights, everything computed in floating point."""
+    INT8_STATIC = "int8_static"
+    """8-bit weights, activations rounded by ranges measured beforehand; for models that bring them."""
+
+
+@dataclass(frozen=True, slots=True)
+class OcrModel:
+    """A model that reads. `dtype` is that of its weights in memory; `default_decoding` is what unset options mean."""
+
+    name: str
+    state: ModelState
+    hardware: str
+    runtime: str
+    dtype: str
+    parameter_count: int
+    is_default: bool
+    default_decoding: Decoding
+    max_new_token_limit: int
+    precision: Precision | None = None
+    """None while it is not loaded, or when the server does not say."""
+    weight_bytes: int = 0
+    """Memory that its weights take; of a model that is not loaded the size of its files, where known."""
+    languages: tuple[str, ...] = ()
+    """The languages it declares, as BCP 47 tags."""
+    confidence_calibrated: bool = False
+    embedding_width: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DiffusionModel:
+    """A model that paints. Width and height (pixels) must be multiples of `size_multiple`."""
+
+    name: str
+    state: ModelState
+    hardware: str
+    runtime: str
+    dtype: str
+    parameter_count: int
+    is_default: bool
+    pipeline: str
+    default_width: int
+    default_height: int
+    size_multiple: int
+    default_step_count: int
+    default_guidance_scale: float
+    default_scheduler: str
+    prompt_token_limit: int
+    has_preview_autoencoder: bool
+
+
+Model: TypeAlias = OcrModel | DiffusionModel
+
+
+class LoadStage(enum.StrEnum):
+    """The stages of loading a model, in order."""
+
+    UNKNOWN = "unknown"
+    WAITING = "waiting"
+    READING_WEIGHTS = "reading_weights"
+    WARMING = "warming"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """Where loading stands; `evicted_models` were unloaded to make room."""
+
+    sequence: int
+    stage: LoadStage
+    evicted_models: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadResult:
+    """The model serves. Always the last event of a load."""
+
+    sequence: int
+    model: OcrModel
+    elapsed_ms: int
+
+
+LoadEvent: TypeAlias = LoadProgress | LoadResult
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduler:
+    """A scheduler by the short name that `Client.paint` takes, and the diffusers class behind it."""
+
+    name: str
+    diffusers_class: str
+    description: str
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One server behind a gateway, and what that gateway has sent it since it started."""
+
+    address: str
+    state: EndpointState
+    in_flight_count: int
+    call_count: int
+    unavailable_count: int
+    last_error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Endpoints that run one service ("ocr" or "diffusion") on one kind of hardware."""
+
+    name: str
+    service: str
+    hardware: str
+    targets: tuple[str, ...]
+    endpoints: tuple[Endpoint, ...]
