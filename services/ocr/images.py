@@ -144,12 +144,18 @@ def damaged(kind: str, error: Exception | None, field: str = FIELD) -> Fault:
     )
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) to 8; 1 where the image does not say."""
     try:
-        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+        stated = image.getexif().get(_EXIF_ORIENTATION, 1)
     except Exception:  # noqa: BLE001 - a broken EXIF block does not make the pixels unreadable
-        return image
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+        return 1
+    return stated if stated in _UPRIGHT else 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    turned = orientation(image)
+    return image if turned == 1 else image.transpose(_UPRIGHT[turned])
 
 
 def _to_rgb(image: Image.Image, field: str) -> Image.Image:
