@@ -7,7 +7,8 @@ to the service: payloads travel as `msgspec.Raw`, encoded from the structs in th
 No gRPC and no ML library here.
 """
 
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 import msgspec
 
@@ -20,7 +21,7 @@ Raw = msgspec.Raw
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True):
-    """Start a job. The front never has more jobs in the engine than it was told there are slots."""
+    """Start a job. Control jobs aside, the front never has more in the engine than it was told there are slots."""
 
     job: str
     payload: Raw
@@ -40,6 +41,12 @@ Command = Submit | Cancel
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
     """Models are loaded and warm. `info` is the service's own description of them."""
+
+    info: Raw
+
+
+class Described(msgspec.Struct, tag=True, frozen=True):
+    """The engine is no longer what Ready said: a model came or went. `info` replaces the earlier description."""
 
     info: Raw
 
@@ -85,7 +92,8 @@ class Heartbeat(msgspec.Struct, tag=True, frozen=True):
 
 
 JobEvent = Accepted | Update | Finished | Failed | Cancelled
-Event = Ready | Heartbeat | JobEvent
+EngineEvent = JobEvent | Described
+Event = Ready | Heartbeat | EngineEvent
 
 
 class Engine(Protocol):
@@ -104,9 +112,17 @@ class Engine(Protocol):
     def busy(self) -> bool:
         """True while `step` has something to do."""
 
-    def step(self) -> list[JobEvent]:
+    def step(self) -> Sequence[EngineEvent]:
         """Do one bounded piece of work (a decoding step, a denoising step) and say what came of it.
 
         Commands are handled between steps, so a step's length is what cancellation waits for. An exception out of
         `step` is a defect that ends the process; what concerns one job only is reported as Failed.
         """
+
+
+@runtime_checkable
+class BackgroundEngine(Engine, Protocol):
+    """An engine that also works on threads of its own, such as one that loads a model while it serves with others."""
+
+    def on_wake(self, wake: Callable[[], None]) -> None:
+        """Told once, before the first command. `wake` may be called on any thread when `busy` may have become true."""

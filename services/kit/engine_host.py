@@ -24,6 +24,7 @@ from services.kit.engine_api import (
     Cancel,
     Cancelled,
     Command,
+    Described,
     Event,
     Failed,
     Finished,
@@ -91,6 +92,7 @@ class EngineHost:
         self._numbers = itertools.count(1)
         self._waiting: dict[Ticket, Job] = {}
         self._running: dict[str, Job] = {}
+        self._controls: set[str] = set()  # control jobs that somebody listens to
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._supervisor: asyncio.Task[None] | None = None
@@ -153,6 +155,36 @@ class EngineHost:
         self._waiting[ticket] = job
         return job
 
+    def control(self) -> Job:
+        """A job beside the queue and the slots, for what the engine does not do in steps: loading a model.
+
+        It is in the engine as soon as it is started, and its length teaches nothing about calls. Raises Fault
+        (ENGINE_NOT_READY, or QUEUE_FULL when there are as many as calls may wait).
+        """
+        if not self.ready:
+            raise engine_not_ready()
+        limit = self._settings.queue_limit
+        if len(self._controls) >= limit:
+            self._metrics.refused.labels("QUEUE_FULL").inc()
+            raise faults.overloaded(
+                "QUEUE_FULL",
+                f"{limit} calls wait for a model to be loaded or unloaded, and that is the limit; retry later",
+                retry_after_ms=_EXPECTED_RESTART_MS,
+                queue_limit=limit,
+            )
+        # A ticket that the admission does not know.
+        ticket = Ticket(0, Priority.NORMAL, 1.0, self._clock(), left=True)
+        job = Job(f"{next(self._numbers)}", ticket, start=self._start_control, leave=self._leave_job)
+        self._controls.add(job.id)
+        return job
+
+    def _start_control(self, job: Job, payload: msgspec.Struct) -> None:
+        if not self.ready:
+            raise engine_not_ready()
+        job.granted_at = self._clock()
+        self._running[job.id] = job
+        self._send(Submit(job.id, wire.raw(payload)))
+
     def _start_job(self, job: Job, payload: msgspec.Struct) -> None:
         job.payload = wire.raw(payload)
         self.admission.make_eligible(job.ticket, memoryview(job.payload).nbytes)
@@ -160,6 +192,7 @@ class EngineHost:
 
     def _leave_job(self, job: Job) -> None:
         """The caller no longer listens."""
+        self._controls.discard(job.id)
         if job.ticket in self._waiting:
             del self._waiting[job.ticket]
             self._reported_positions.pop(job.ticket, None)
@@ -312,6 +345,8 @@ class EngineHost:
                     log.info("engine ready", pid=self.pid)
                     self._set_ready(True)
                     self._pump()
+                case Described(info):
+                    self.info = Raw(bytes(info))
                 case Heartbeat(step_seconds):
                     if step_seconds > self._settings.engine_stall_s:
                         self._last_heard = float("-inf")

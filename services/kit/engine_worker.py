@@ -16,7 +16,17 @@ import traceback
 from collections.abc import Callable
 
 from services.kit import wire
-from services.kit.engine_api import Cancel, Command, Engine, Event, Failed, Heartbeat, Ready, Submit
+from services.kit.engine_api import (
+    BackgroundEngine,
+    Cancel,
+    Command,
+    Engine,
+    Event,
+    Failed,
+    Heartbeat,
+    Ready,
+    Submit,
+)
 from services.kit.faults import Fault
 
 _HEARTBEAT_S = 1.0
@@ -36,7 +46,8 @@ def main() -> None:
 class _Worker:
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        # None only wakes: the engine has something to do that no command told of.
+        self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._send_lock = threading.Lock()
         self._step_began: float | None = None
 
@@ -44,6 +55,8 @@ class _Worker:
         threading.Thread(target=self._read_commands, name="commands", daemon=True).start()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
         engine = create()
+        if isinstance(engine, BackgroundEngine):
+            engine.on_wake(lambda: self._commands.put(None))
         self._send(Ready(wire.raw(engine.info())))
         while True:
             self._handle_commands(engine)
