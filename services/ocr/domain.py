@@ -159,7 +159,7 @@ class Loading(msgspec.Struct, frozen=True):
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
-    """One loaded model."""
+    """One loaded model. What LoadJob and UnloadJob end with."""
 
     name: str
     hardware: str  # label, such as "cpu"
@@ -169,12 +169,20 @@ class ModelInfo(msgspec.Struct, frozen=True):
     default_decoding: Decoding
     max_new_token_limit: int
     is_default: bool
+    precision: Precision = "float32"
+    weight_bytes: int = 0
+    languages: tuple[str, ...] = ()  # BCP 47 tags that it declares
+    confidence_calibrated: bool = False
+    embedding_width: int = 0
+    embedding_token_count: int = 0  # states an image, of embedding_width each
+    has_class_token: bool = True  # whether the first state stands for the whole image
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
-    """What the engine says of itself when it is ready."""
+    """What the engine says of itself when it is ready, and again whenever a model comes or goes."""
 
-    models: tuple[ModelInfo, ...]
+    models: tuple[ModelInfo, ...]  # those that are loaded
+    loading: tuple[str, ...] = ()  # names of those that are being loaded or wait for it
 
     def find(self, name: str) -> ModelInfo | None:
         """The model of that name, the default one for an empty name; None when there is none."""

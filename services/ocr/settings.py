@@ -7,7 +7,11 @@ from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from services.kit.settings import MIB, ServiceSettings
-from services.ocr.domain import BEAM_WIDTH_MOST
+from services.ocr.domain import BEAM_WIDTH_MOST, Precision
+from services.ocr.languages import is_tag
+
+# The rest is for activations, caches and everything else on the machine.
+MEMORY_SHARE = 0.7
 
 _EMBEDDED = Path(__file__).resolve().parents[2] / "models" / "handwriting-tiny"
 
@@ -18,6 +22,8 @@ class Settings(ServiceSettings):
     model_config = SettingsConfigDict(env_prefix="INKWELL_OCR_", extra="forbid", frozen=True)
 
     port: int = Field(50051, ge=0, le=65535, description="gRPC port; 0 takes a free one")
+    # Room for a whole document; a gateway lets as much through.
+    max_message_bytes: int = Field(64 * MIB, ge=1024, description="largest request message")
 
     models: dict[str, str] = Field(
         default_factory=lambda: {"handwriting-tiny": str(_EMBEDDED)},
@@ -25,11 +31,34 @@ class Settings(ServiceSettings):
         description="JSON object, name to source: a TrOCR folder, or a hub id with its revision as owner/name@revision",
     )
     default_model: str = Field("", description="model that an empty name means; empty takes the first of `models`")
+    model_folder: str = Field(
+        "",
+        description="folder whose subfolders are models too, each under its own name; looked at again whenever models"
+        " are listed or one is asked for, so that a new one can be loaded while serving. Empty: none",
+    )
+    load_at_start: list[str] | None = Field(
+        None,
+        description="JSON list of the models that are loaded before the service is ready, unset for all of `models`;"
+        " the others are loaded when a call or LoadModel names them",
+    )
+    languages: dict[str, list[str]] = Field(
+        default_factory=dict,
+        description='JSON object, model name to list of BCP 47 tags, such as {"mine": ["fr", "oc"]}, in place of those'
+        " that its model card declares",
+    )
+    memory_limit_bytes: int = Field(
+        0,
+        ge=0,
+        description="memory that the weights of all loaded models may take, bytes; the least recently used leave when"
+        f" it is short. 0 takes {MEMORY_SHARE:.0%} of what is free on the device at the start",
+    )
     allow_pickled_weights: bool = Field(
         False, description="load weights that are not safetensors; a pickle can run code, so only from trusted sources"
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="data type of the weights; auto is float32 on cpu and the best 16-bit type elsewhere"
+    precision: Literal["auto"] | Precision = Field(
+        "auto",
+        description="what weights are computed with: float32, bfloat16, float16, int8_dynamic, int8_weight_only or"
+        " int8_static; auto is float32 on cpu and the best 16-bit type elsewhere",
     )
     device: str = Field(
         "auto", description='torch device, such as "cpu" or "cuda:1"; auto takes the best there is', min_length=1
@@ -52,6 +81,12 @@ class Settings(ServiceSettings):
         512, ge=1, description="tokens a call may ask for at most; the model may allow less"
     )
 
+    embed_image_limit: int = Field(64, ge=1, description="images of one Embed call")
+    embed_reply_bytes_limit: int = Field(
+        32 * MIB, ge=1024, description="largest tensor that Embed answers with, bytes; clients bound messages too"
+    )
+    read_documents: bool = Field(True, description="load what finds the lines of a page, for ReadDocument")
+
     max_image_bytes: int = Field(20 * MIB, ge=1, description="largest encoded image, bytes")
     max_image_pixels: int = Field(50_000_000, ge=1, description="most pixels (width x height) of an image")
     min_image_side: int = Field(4, ge=1, description="smallest width and height, pixels")
@@ -61,6 +96,24 @@ class Settings(ServiceSettings):
     )
     batch_item_limit: int = Field(1_000_000, ge=1, description="items of one BatchRecognize stream")
 
+    documents_at_a_time: int = Field(2, ge=1, description="documents under way at a time; the others wait")
+    document_queue_limit: int = Field(16, ge=1, description="documents that may wait")
+    document_lines_in_flight: int = Field(
+        8, ge=1, description="lines of one document in the engine or its queue at a time; the rest is left to others"
+    )
+    max_document_bytes: int = Field(48 * MIB, ge=1, description="largest encoded document, bytes")
+    max_document_pages: int = Field(500, ge=1, description="most pages that one ReadDocument call may read")
+    max_page_pixels: int = Field(40_000_000, ge=1, description="most pixels (width x height) of a page")
+    max_page_lines: int = Field(1000, ge=1, description="most lines of a page")
+    document_memory_bytes: int = Field(
+        2048 * MIB,
+        ge=256 * MIB,
+        description="address space of the process that a document is rendered in, bytes; there is one for each document",
+    )
+    document_step_s: float = Field(
+        60.0, gt=0, description="processor time that opening a document or rendering a page may take, seconds"
+    )
+
     @model_validator(mode="after")
     def _names_agree(self) -> Self:
         for name, source in self.models.items():
@@ -68,6 +121,12 @@ class Settings(ServiceSettings):
                 raise ValueError("models: a name and a source must not be empty")
         if self.default_model and self.default_model not in self.models:
             raise ValueError(f"default_model: {self.default_model!r} is not one of models: {', '.join(self.models)}")
+        if self.model_folder and not Path(self.model_folder).expanduser().is_dir():
+            raise ValueError(f"model_folder: there is no folder {self.model_folder}")
+        for name, tags in self.languages.items():
+            for tag in tags:
+                if not is_tag(tag):
+                    raise ValueError(f"languages: {tag!r} of {name} is not a BCP 47 language tag, such as fr or uk-UA")
         return self
 
     @property

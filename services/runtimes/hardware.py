@@ -3,6 +3,9 @@
 import logging
 import os
 from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
 
 log = logging.getLogger(__name__)
 
@@ -44,3 +47,20 @@ def _machine_memory() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):
         return 0
+
+
+def free_memory(device: str) -> int:
+    """Memory that is free now on a torch device, bytes; on the CPU within the container's limit if it has one."""
+    if device.startswith("cuda"):
+        import torch
+
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    free = int(psutil.virtual_memory().available)
+    try:
+        # Control groups version 2, as containers see their own.
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = Path("/sys/fs/cgroup/memory.current").read_text().strip()
+        return free if limit == "max" else max(0, min(free, int(limit) - int(used)))
+    except (OSError, ValueError):
+        return free

@@ -6,64 +6,105 @@ alone, up to the last bits of floating point.
 """
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import TrOCRForCausalLM, VisionEncoderDecoderModel
 
-from services.runtimes.checkpoints import Checkpoint, CheckpointError, require_safetensors
+from services.runtimes.checkpoints import CheckpointError, read_config, require_weights
 from services.runtimes.hardware import Hardware
+from services.runtimes.precision import Precision, apply_precision
+from services.runtimes.torch_speed import can_pack, pack_linears
 
 _FIRST_LENGTH = 64
 _FIRST_ROWS = 4
 # A head that no reading needs: original TrOCR checkpoints come without it.
 _UNUSED_WEIGHTS = ("encoder.pooler.",)
+_HEAD = "decoder.output_projection.weight"
 
 
-def choose_dtype(name: str, hardware: Hardware) -> torch.dtype:
-    """The torch dtype of "float32", "bfloat16", "float16" or "auto": float32 on cpu, the best 16-bit one elsewhere."""
+def choose_precision(name: Precision | Literal["auto"], hardware: Hardware) -> Precision:
+    """The precision named; for "auto" float32 on cpu and the best 16-bit type elsewhere."""
     if name != "auto":
-        dtype: torch.dtype = getattr(torch, name)
-        return dtype
+        return name
     if hardware.label == "cpu":
-        return torch.float32
+        return "float32"
     if hardware.label in ("cuda", "rocm") and not torch.cuda.is_bf16_supported():
-        return torch.float16
-    return torch.bfloat16
+        return "float16"
+    return "bfloat16"
 
 
 def load(
-    checkpoint: Checkpoint, *, device: str, dtype: torch.dtype, allow_pickled_weights: bool = False
+    folder: Path,
+    *,
+    device: str,
+    precision: Precision,
+    hardware: Hardware,
+    allow_pickled_weights: bool = False,
 ) -> VisionEncoderDecoderModel:
-    """Load weights for inference; raises CheckpointError for anything but a whole TrOCR-style model."""
-    if not allow_pickled_weights:
-        require_safetensors(checkpoint)
+    """Load weights for inference; raises CheckpointError for anything but a whole TrOCR-style model.
+
+    May run on any thread while other models compute.
+    """
+    config = read_config(folder)
+    require_weights(folder, allow_pickled_weights=allow_pickled_weights)
     try:
         model, report = VisionEncoderDecoderModel.from_pretrained(
-            checkpoint.location,
-            revision=checkpoint.revision or "main",
+            folder,
             use_safetensors=None if allow_pickled_weights else True,
             trust_remote_code=False,
-            dtype=dtype,
+            # Another type would be the default of every thread while the library builds the model.
+            dtype=torch.float32,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{checkpoint.location}: cannot be loaded: {error}") from error
-    missing = sorted(key for key in report["missing_keys"] if not key.startswith(_UNUSED_WEIGHTS))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a folder can be broken in any way, and the library raises whatever it met
+        raise CheckpointError(f"{folder}: cannot be loaded: {type(error).__name__}: {error}") from error
+    missing = {key for key in report["missing_keys"] if not key.startswith(_UNUSED_WEIGHTS)}
+    if _HEAD in missing and config["decoder"].get("tie_word_embeddings", True):
+        # Older folders share these two in the decoder's configuration only, and the file holds them once.
+        model.decoder.output_projection.weight = model.decoder.model.decoder.embed_tokens.weight
+        missing.remove(_HEAD)
     if missing:
         # The library would fill them with random numbers and go on.
-        raise CheckpointError(f"{checkpoint.location}: {len(missing)} weights are missing, first {missing[0]}")
-    return model.to(device)
+        raise CheckpointError(f"{folder}: {len(missing)} weights are missing, first {min(missing)}")
+    if report["mismatched_keys"]:
+        raise CheckpointError(
+            f"{folder}: {len(report['mismatched_keys'])} weights have another shape than config.json says, first"
+            f" {min(report['mismatched_keys'])}"
+        )
+    return apply_precision(model.eval(), precision, hardware).to(device)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Memory that the weights take, bytes; what is shared is counted once."""
+    seen: dict[int, int] = {}
+
+    def count(value: Any) -> None:
+        if isinstance(value, Tensor):
+            seen[value.data_ptr()] = value.numel() * value.element_size()
+        elif isinstance(value, Iterable) and not isinstance(value, str):
+            for part in value:  # quantized layers pack weight and bias together
+                count(part)
+
+    for value in model.state_dict().values():
+        count(value)
+    return sum(seen.values())
 
 
 class TrocrModel:
     """The two networks of one model, for inference."""
 
     def __init__(self, model: VisionEncoderDecoderModel) -> None:
-        """Raises CheckpointError if the decoder is not TrOCR's."""
+        """Takes the model over: on a processor its linear layers are replaced by faster ones.
+
+        Raises CheckpointError if the decoder is not TrOCR's.
+        """
         if not isinstance(model.decoder, TrOCRForCausalLM):
             raise CheckpointError(
                 f"the decoder is a {type(model.decoder).__name__}; this service runs VisionEncoderDecoderModel"
@@ -71,6 +112,14 @@ class TrocrModel:
             )
         model.eval()
         config = model.decoder.config
+        # The weights are counted and asked for their device and type before they are packed.
+        self.device = model.decoder.output_projection.weight.device
+        self.dtype = model.decoder.output_projection.weight.dtype
+        self.parameter_count = sum(parameter.numel() for parameter in model.parameters())
+        self.weight_bytes = weight_bytes(model)
+        if can_pack(self.device):
+            # After apply_precision: what that has quantized stays.
+            pack_linears(model)
         self._encoder = model.encoder
         self._projection: nn.Module = getattr(model, "enc_to_dec_proj", nn.Identity())
         self._head = model.decoder.output_projection
@@ -78,22 +127,28 @@ class TrocrModel:
         self._embed_tokens = decoder.embed_tokens
         self._embedding_norm: nn.Module = decoder.layernorm_embedding or nn.Identity()
         self.layers: list[Any] = list(decoder.layers)
-        self.device = self._head.weight.device
-        self.dtype = self._head.weight.dtype
         self.head_count: int = config.decoder_attention_heads
         self.head_size: int = config.hidden_size // config.decoder_attention_heads
         self.channels = int(getattr(model.config.encoder, "num_channels", 3))
         self.position_limit: int = config.max_position_embeddings
-        self.parameter_count = sum(parameter.numel() for parameter in model.parameters())
+        # Vision transformers of all families call it so; encoders that pool instead (Swin) have none.
+        self.has_class_token = any(name.endswith("cls_token") for name, _ in model.encoder.named_parameters())
         self._pad_id: int = config.pad_token_id if config.pad_token_id is not None else -1
         self._positions, self._first_position = _position_table(decoder, config, self.device, self.dtype)
         self._learned_positions: bool = config.use_learned_position_embeddings
 
-    def encode(self, pixel_values: Tensor) -> Tensor:
-        """Preprocessed images float [images, channels, height, width] to encoder states [images, patches, width]."""
+    def states(self, pixel_values: Tensor) -> Tensor:
+        """Preprocessed images float [images, channels, height, width] to what the encoder answers for them.
+
+        The result is [images, tokens, width of the encoder].
+        """
         pixels = pixel_values.to(self.device, self.dtype)
         states: Tensor = self._encoder(pixel_values=pixels, return_dict=True)[0]
-        projected: Tensor = self._projection(states)
+        return states
+
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        """Preprocessed images as in `states` to what the decoder looks at, [images, tokens, width of the decoder]."""
+        projected: Tensor = self._projection(self.states(pixel_values))
         return projected
 
     def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -162,24 +217,13 @@ class Rows:
         model = self._model
         images, patches, _ = states.shape
         shape = (images, patches, model.head_count, model.head_size)
-        fresh = torch.stack(
-            [
-                torch.stack([layer.encoder_attn.k_proj(states), layer.encoder_attn.v_proj(states)])
-                .view(2, *shape)
-                .transpose(2, 3)
-                for layer in model.layers
-            ]
-        )
         used = self._image_count
-        if self._cross is None:
-            self._cross = fresh.new_zeros((*fresh.shape[:2], max(images, _FIRST_ROWS), *fresh.shape[3:]))
-        if used + images > self._cross.shape[2]:
-            grown = self._cross.new_zeros(
-                (*self._cross.shape[:2], max(used + images, 2 * self._cross.shape[2]), *self._cross.shape[3:])
-            )
-            grown[:, :, :used] = self._cross[:, :, :used]
-            self._cross = grown
-        self._cross[:, :, used : used + images] = fresh
+        self._grow_cross(used + images, patches)
+        assert self._cross is not None
+        for layer, cache in zip(model.layers, self._cross, strict=True):
+            # Straight to their places: together these are the largest tensors there are.
+            for projection, places in zip((layer.encoder_attn.k_proj, layer.encoder_attn.v_proj), cache, strict=True):
+                places[used : used + images] = projection(states).view(shape).transpose(1, 2)
         rows = list(range(self.count, self.count + images))
         self._row_positions += [0] * images
         self._row_images += range(used, used + images)
@@ -306,6 +350,17 @@ class Rows:
         past[:, :, :has_rows, :, :has_length] = self._past
         self._past = past
         self._places = torch.arange(past.shape[4], device=past.device)
+
+    def _grow_cross(self, images: int, patches: int) -> None:
+        has = 0 if self._cross is None else self._cross.shape[2]
+        if images <= has:
+            return
+        model = self._model
+        shape = (self._layers, 2, max(images, 2 * has, _FIRST_ROWS), model.head_count, patches, model.head_size)
+        grown = torch.empty(shape, dtype=model.dtype, device=model.device)
+        if self._cross is not None:
+            grown[:, :, : self._image_count] = self._cross[:, :, : self._image_count]
+        self._cross = grown
 
     def _empty(self, rows: int, length: int) -> Tensor:
         model = self._model

@@ -7,9 +7,15 @@ import msgspec
 import torch
 from transformers import VisionEncoderDecoderModel
 
-from services.kit.engine_api import Accepted, Cancelled, Failed, Finished, Raw, Update
+from services.kit.engine_api import Accepted, Cancelled, Described, Failed, Finished, Raw, Update
 from services.ocr.domain import Decoding, EarlyStopping, Line, Partial, ReadJob, Recognition
+from services.ocr.engine.embedding import Embedder
+from services.ocr.engine.lane import Lane
 from services.ocr.engine.main import OcrEngine
+from services.ocr.engine.pages import Pages
+from services.ocr.engine.shelf import Desk, Shelf
+from services.ocr.settings import Settings
+from services.runtimes.hardware import detect
 
 GREEDY = Decoding(beam_width=1, hypothesis_count=1, length_penalty=1.0, max_new_token_count=20)
 
@@ -37,6 +43,18 @@ def scribble(seed: int) -> Line:
     columns = [[source.randrange(256) for _ in range(width // 6 + 1)] for _ in range(height // 6 + 1)]
     pixels = bytes(columns[y // 6][x // 6] for y in range(height) for x in range(width) for _ in range(3))
     return Line(width, height, pixels)
+
+
+def lane_in(engine: OcrEngine, model: str = "tiny") -> Lane:
+    """The lane of a loaded model."""
+    return engine.shelf.desks[model].lane
+
+
+def engine_of(lane: Lane, model: str = "tiny") -> OcrEngine:
+    """An engine that reads with this lane alone."""
+    shelf = Shelf(Settings(models={model: "nowhere"}), detect(), 0)
+    shelf.desks[model] = Desk(lane, Embedder(lane.model, batch_size=8, step_s=10.0))
+    return OcrEngine(shelf, Pages(None))
 
 
 @dataclass
@@ -76,6 +94,8 @@ class Reader:
 
     def step(self) -> None:
         for event in self.engine.step():
+            if isinstance(event, Described):
+                continue
             read = self.reads[event.job]
             assert read.recognition is None
             match event:

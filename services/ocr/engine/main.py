@@ -1,89 +1,113 @@
-"""The engine of the OCR service: one lane a model, stepped in turn."""
+"""The engine of the OCR service: takes jobs in, lets models and pages have their steps, and says what came of them."""
 
-from collections import deque
+import sys
+from collections.abc import Callable
 
 import msgspec
 import torch
 from transformers.utils import logging as transformers_logging
 
-from services.kit.engine_api import Cancelled, Failed, JobEvent, Raw
-from services.ocr.domain import Decoding, EngineInfo, Line, ReadJob
-from services.ocr.engine import model
-from services.ocr.engine.lane import Lane
-from services.ocr.settings import Settings
-from services.runtimes.hardware import detect
+from services.kit.engine_api import Cancelled, EngineEvent, Raw
+from services.ocr import catalog
+from services.ocr.domain import EmbedJob, EngineInfo, LayoutJob, LoadJob, ReadJob, UnloadJob, Work
+from services.ocr.engine.layout import Detector, DetectorMissing
+from services.ocr.engine.pages import Pages
+from services.ocr.engine.shelf import Shelf
+from services.ocr.engine.turns import Stepper, Turns
+from services.ocr.settings import MEMORY_SHARE, Settings
+from services.runtimes.checkpoints import CheckpointError
+from services.runtimes.hardware import detect, free_memory
 
-_job_decoder = msgspec.msgpack.Decoder(ReadJob)
+_work_decoder: msgspec.msgpack.Decoder[Work] = msgspec.msgpack.Decoder(Work)
 
 
 class OcrEngine:
-    """Implements `services.kit.engine_api.Engine` for ReadJob payloads."""
+    """Implements `services.kit.engine_api.BackgroundEngine` for `Work` payloads."""
 
-    def __init__(self, lanes: dict[str, Lane]) -> None:
-        self.lanes = lanes
-        self._turns = deque(lanes)
-        self._cancelled: list[JobEvent] = []
+    def __init__(self, shelf: Shelf, pages: Pages) -> None:
+        self.shelf = shelf
+        self._pages = pages
+        self._turns = Turns()
+        self._cancelled: list[EngineEvent] = []
+
+    def on_wake(self, wake: Callable[[], None]) -> None:
+        """`wake` is called when a model that was being loaded has come a step further."""
+        self.shelf.wake = wake
 
     def info(self) -> EngineInfo:
         """The loaded models."""
-        return EngineInfo(tuple(lane.model.info for lane in self.lanes.values()))
+        return self.shelf.info()
 
+    @torch.inference_mode()
     def submit(self, job: str, payload: Raw) -> None:
-        """Take in an encoded ReadJob whose model is loaded and whose decoding is within that model's limits."""
-        read = _job_decoder.decode(payload)
-        self.lanes[read.model].submit(job, read)
+        """Take in an encoded Work; raises Fault for a model that is not known, or a page where none are read."""
+        match _work_decoder.decode(payload):
+            case ReadJob() | EmbedJob() as work:
+                self.shelf.submit(job, work)
+            case LoadJob() as work:
+                self.shelf.load(job, work)
+            case UnloadJob() as work:
+                self.shelf.unload(job, work)
+            case LayoutJob() as work:
+                self._pages.submit(job, work)
 
     @torch.inference_mode()
     def cancel(self, job: str) -> None:
         """Drop a job; its rows are free at once."""
-        if any(lane.cancel(job) for lane in self.lanes.values()):
+        if self._pages.cancel(job) or self.shelf.cancel(job):
             self._cancelled.append(Cancelled(job))
 
     @property
     def busy(self) -> bool:
-        """Whether `step` has something to do."""
-        return bool(self._cancelled) or any(lane.busy for lane in self.lanes.values())
+        """Whether `step` has something to do; a model that is only being loaded is no work."""
+        return bool(self._cancelled) or self.shelf.busy or bool(self._working())
 
     @torch.inference_mode()
-    def step(self) -> list[JobEvent]:
-        """One encoder micro-batch or one decoding step of the next model that has work."""
+    def step(self) -> list[EngineEvent]:
+        """One encoder micro-batch, one decoding step or one page of whoever has had the least time."""
         events, self._cancelled = self._cancelled, []
-        for _ in range(len(self._turns)):
-            self._turns.rotate(-1)
-            lane = self.lanes[self._turns[-1]]
-            if lane.busy:
-                return events + lane.step()
+        self.shelf.advance()
+        events += self.shelf.take_events()
+        if working := self._working():
+            events += self._turns.step(working)
         return events
+
+    def _working(self) -> list[Stepper]:
+        working: list[Stepper] = list(self.shelf.working())
+        return [*working, self._pages] if self._pages.busy else working
 
 
 def create_engine(settings_json: str) -> OcrEngine:
-    """Load and warm every model of the settings; raises CheckpointError when one cannot be used."""
+    """Load and warm the models that are wanted at the start; raises CheckpointError when one cannot be used."""
     settings = Settings.model_validate_json(settings_json)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     hardware = detect()
-    torch.set_num_threads(settings.threads or hardware.core_count)
-    lanes = {}
-    for name, source in settings.models.items():
-        lanes[name] = Lane(
-            model=model.load(name, source, settings, hardware),
-            max_rows=settings.max_rows,
-            encoder_batch_size=settings.encoder_batch_size,
-            encoder_step_s=settings.encoder_step_ms / 1000,
-        )
-    engine = OcrEngine(lanes)
-    for name in lanes:
-        _warm(engine, name)
-    return engine
+    threads = settings.threads or hardware.core_count
+    torch.set_num_threads(threads)
+    device = hardware.device if settings.device == "auto" else settings.device
+    limit = settings.memory_limit_bytes or int(MEMORY_SHARE * free_memory(device))
+    shelf = Shelf(settings, hardware, limit)
+    shelf.load_at_start(_names_at_start(settings))
+    return OcrEngine(shelf, _pages(settings, threads))
 
 
-def _warm(engine: OcrEngine, name: str) -> None:
-    """Read a blank line greedily and with beams: the first run of everything is slow, and broken models show."""
-    line = Line(64, 16, b"\xff" * (64 * 16 * 3))
-    for width in (1, 1, 4):
-        decoding = Decoding(width, 1, 1.0, min(4, engine.lanes[name].model.info.max_new_token_limit))
-        engine.submit("warm-up", Raw(msgspec.msgpack.encode(ReadJob(name, line, decoding, partials=False))))
-        while engine.busy:
-            for event in engine.step():
-                if isinstance(event, Failed):
-                    raise RuntimeError(f"model {name} fails on a blank line: {event.fault.message}")
+def _names_at_start(settings: Settings) -> list[str]:
+    """The default model first, because those that come later may find no room."""
+    wanted = list(settings.models) if settings.load_at_start is None else settings.load_at_start
+    known = catalog.known_models(settings)
+    for name in wanted:
+        if name not in known:
+            raise CheckpointError(f"load_at_start: there is no model {name!r}; here are: {', '.join(known)}")
+    return sorted(dict.fromkeys(wanted), key=lambda name: name != settings.default_model_name)
+
+
+def _pages(settings: Settings, threads: int) -> Pages:
+    if not settings.read_documents:
+        return Pages(None, "the setting read_documents is false")
+    try:
+        return Pages(Detector.load(threads))
+    except DetectorMissing as error:
+        # Lines are read without it.
+        print(f"documents will not be read: {error}", file=sys.stderr)
+        return Pages(None, str(error))

@@ -1,15 +1,19 @@
 """One model as the service reads with it: networks, image processor, tokenizer and generation config of its folder."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import msgspec
+import torch
 from PIL import Image
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, GenerationConfig
 from transformers.generation import logits_process as processing
 
+from services.ocr import catalog
 from services.ocr.domain import (
     BEAM_WIDTH_MOST,
     LENGTH_PENALTY_MOST,
@@ -18,9 +22,10 @@ from services.ocr.domain import (
     EarlyStopping,
     Line,
     ModelInfo,
+    Precision,
 )
 from services.ocr.settings import Settings
-from services.runtimes import checkpoints, torch_trocr
+from services.runtimes import torch_trocr
 from services.runtimes.checkpoints import CheckpointError
 from services.runtimes.hardware import Hardware
 
@@ -89,31 +94,35 @@ class ReadingModel:
         return rules or None
 
 
-def load(name: str, source: str, settings: Settings, hardware: Hardware) -> ReadingModel:
-    """Load a TrOCR-style folder or hub repository; raises CheckpointError with what is wrong with it."""
-    checkpoint = checkpoints.resolve(source)
-    dtype = torch_trocr.choose_dtype(settings.dtype, hardware)
+def load(
+    name: str,
+    folder: Path,
+    *,
+    precision: Precision,
+    settings: Settings,
+    hardware: Hardware,
+) -> ReadingModel:
+    """Load a TrOCR-style folder; raises CheckpointError with what is wrong with it.
+
+    May run on any thread while other models read.
+    """
     device = hardware.device if settings.device == "auto" else settings.device
     model = torch_trocr.load(
-        checkpoint, device=device, dtype=dtype, allow_pickled_weights=settings.allow_pickled_weights
+        folder,
+        device=device,
+        precision=precision,
+        hardware=hardware,
+        allow_pickled_weights=settings.allow_pickled_weights,
     )
     networks = torch_trocr.TrocrModel(model)
-    origin = {"revision": checkpoint.revision or "main", "trust_remote_code": False}
-    try:
-        processor = AutoImageProcessor.from_pretrained(checkpoint.location, backend="pil", **origin)
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.location, **origin)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{source}: its image processor or tokenizer cannot be loaded: {error}") from error
-    if not tokenizer.is_fast:
-        raise CheckpointError(f"{source}: its tokenizer has no tokenizer.json; save it once as a fast tokenizer")
-
+    processor, tokenizer = _helpers(folder)
     generation = model.generation_config
     start_id = generation.decoder_start_token_id
     if start_id is None:
         start_id = generation.bos_token_id
     eos = generation.eos_token_id
     if start_id is None or eos is None:
-        raise CheckpointError(f"{source}: its generation config names no decoder_start_token_id or eos_token_id")
+        raise CheckpointError(f"{folder}: its generation config names no decoder_start_token_id or eos_token_id")
     same_device = device.partition(":")[0] == hardware.device.partition(":")[0]
     limit = min(networks.position_limit, settings.max_new_token_limit)
     loaded = ReadingModel(
@@ -126,6 +135,10 @@ def load(name: str, source: str, settings: Settings, hardware: Hardware) -> Read
             default_decoding=_default_decoding(generation, settings.default_max_new_token_count, limit),
             max_new_token_limit=limit,
             is_default=name == settings.default_model_name,
+            precision=precision,
+            weight_bytes=networks.weight_bytes,
+            languages=catalog.languages_of(name, folder, settings),
+            has_class_token=networks.has_class_token,
         ),
         networks=networks,
         start_id=start_id,
@@ -134,8 +147,39 @@ def load(name: str, source: str, settings: Settings, hardware: Hardware) -> Read
         processor=processor,
         tokenizer=tokenizer,
     )
-    _check_fixed_size(loaded, source)
-    return loaded
+    _check_fixed_size(loaded, folder)
+    tokens, width = _state_shape(loaded, folder)
+    info = msgspec.structs.replace(loaded.info, embedding_token_count=tokens, embedding_width=width)
+    return replace(loaded, info=info)
+
+
+def _helpers(folder: Path) -> tuple[Any, Any]:
+    """Image processor and tokenizer."""
+    try:
+        processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    except Exception as error:  # a folder can be broken in any way, and the library raises whatever it met
+        raise CheckpointError(f"{folder}: its image processor cannot be loaded: {_short(error)}") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise CheckpointError(f"{folder}: its tokenizer cannot be loaded: {_short(error)}") from error
+    if not tokenizer.is_fast:
+        raise CheckpointError(f"{folder}: its tokenizer has no tokenizer.json; save it once as a fast tokenizer")
+    return processor, tokenizer
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+
+
+def _state_shape(model: ReadingModel, folder: Path) -> tuple[int, int]:
+    """Tokens and width of an image's encoder states, found by encoding a blank line."""
+    try:
+        with torch.inference_mode():
+            states = model.networks.states(model.prepare([Line(64, 16, b"\xff" * (64 * 16 * 3))]))
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder}: its encoder does not take a line: {_short(error)}") from error
+    return states.shape[1], states.shape[2]
 
 
 def _default_decoding(generation: GenerationConfig, usual_length: int, limit: int) -> Decoding:
@@ -158,8 +202,11 @@ def _default_decoding(generation: GenerationConfig, usual_length: int, limit: in
     )
 
 
-def _check_fixed_size(model: ReadingModel, source: str) -> None:
+def _check_fixed_size(model: ReadingModel, folder: Path) -> None:
     """Images share batches, so the processor must bring all of them to one size."""
-    shapes = {tuple(model.prepare([Line(w, h, bytes(w * h * 3))]).shape[1:]) for w, h in ((64, 16), (40, 50))}
+    try:
+        shapes = {tuple(model.prepare([Line(w, h, bytes(w * h * 3))]).shape[1:]) for w, h in ((64, 16), (40, 50))}
+    except Exception as error:  # the processor is code of the library run on whatever the folder says
+        raise CheckpointError(f"{folder}: its image processor does not take a line: {_short(error)}") from error
     if len(shapes) > 1:
-        raise CheckpointError(f"{source}: its image processor answers different sizes for different images: {shapes}")
+        raise CheckpointError(f"{folder}: its image processor answers different sizes for different images: {shapes}")

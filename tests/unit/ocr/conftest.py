@@ -6,6 +6,7 @@ from transformers import VisionEncoderDecoderModel
 from services.ocr.engine.main import OcrEngine, create_engine
 from services.ocr.settings import Settings
 from tests.support import tiny_trocr
+from tests.support.reading import lane_in
 
 
 @pytest.fixture(scope="session")
@@ -27,5 +28,5 @@ def shared_engine(tiny_folder: Path) -> OcrEngine:
 def engine(shared_engine: OcrEngine) -> OcrEngine:
     """The session's engine with one model named "tiny"; every test leaves it empty."""
     assert not shared_engine.busy
-    assert shared_engine.lanes["tiny"].rows_in_use == 0
+    assert lane_in(shared_engine).rows_in_use == 0
     return shared_engine

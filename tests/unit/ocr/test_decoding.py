@@ -16,7 +16,7 @@ from services.ocr.engine.lane import Lane
 from services.ocr.engine.main import OcrEngine, create_engine
 from services.ocr.settings import Settings
 from tests.support import tiny_trocr
-from tests.support.reading import GREEDY, Reader, beams, generate, scribble
+from tests.support.reading import GREEDY, Reader, beams, engine_of, generate, lane_in, scribble
 
 LINES = [scribble(seed) for seed in range(12)]
 
@@ -30,7 +30,7 @@ def check_equal(engine: OcrEngine, model: VisionEncoderDecoderModel, decoding: D
                 reader.step()
         reader.submit(str(number), line, decoding)
     reader.finish()
-    pixels = engine.lanes["tiny"].model.prepare(LINES)
+    pixels = lane_in(engine).model.prepare(LINES)
     for number, (ids, scores) in enumerate(generate(model, pixels, decoding, **options)):
         read = reader.reads[str(number)]
         assert read.ids == ids
@@ -115,7 +115,7 @@ def test_log_probabilities_are_the_models_own(engine: OcrEngine, tiny_model: Vis
             ids = [token.id for token in hypothesis.tokens]
             with torch.inference_mode():
                 logits = tiny_model(
-                    pixel_values=engine.lanes["tiny"].model.prepare([line]),
+                    pixel_values=lane_in(engine).model.prepare([line]),
                     decoder_input_ids=torch.tensor([[tiny_trocr.BOS, *ids[:-1]]]),
                 ).logits[0]
             wanted = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
@@ -141,7 +141,7 @@ CALLS = st.lists(
 
 
 def fresh_lane(engine: OcrEngine) -> Lane:
-    used = engine.lanes["tiny"]
+    used = lane_in(engine)
     return Lane(used.model, used.max_rows, used.encoder_batch_size, used.encoder_step_s)
 
 
@@ -150,7 +150,7 @@ def fresh_lane(engine: OcrEngine) -> Lane:
 def test_a_text_never_depends_on_who_shares_its_batch(
     engine: OcrEngine, calls: list[tuple[int, Decoding, int, int | None]]
 ) -> None:
-    engine = OcrEngine({"tiny": fresh_lane(engine)})  # a failing example must not disturb the next
+    engine = engine_of(fresh_lane(engine))  # a failing example must not disturb the next
     alone = []
     for line, decoding, _, _ in calls:
         reader = Reader(engine)
@@ -172,4 +172,4 @@ def test_a_text_never_depends_on_who_shares_its_batch(
         read = reader.reads[str(number)]
         assert read.cancelled == (number in cancelled)
         assert read.cancelled or read.ids == ids
-    assert engine.lanes["tiny"].rows_in_use == 0
+    assert lane_in(engine).rows_in_use == 0

@@ -16,12 +16,12 @@ from services.ocr.settings import Settings
 from services.runtimes import checkpoints
 from services.runtimes.checkpoints import CheckpointError
 from tests.support import tiny_trocr
-from tests.support.reading import GREEDY, Reader, beams, scribble
+from tests.support.reading import GREEDY, Reader, beams, engine_of, lane_in, scribble
 
 
 def lane_of(engine: OcrEngine, max_rows: int = 32, encoder_batch_size: int = 8) -> tuple[OcrEngine, Lane]:
-    lane = Lane(engine.lanes["tiny"].model, max_rows, encoder_batch_size, encoder_step_s=10.0)
-    return OcrEngine({"tiny": lane}), lane
+    lane = Lane(lane_in(engine).model, max_rows, encoder_batch_size, encoder_step_s=10.0)
+    return engine_of(lane), lane
 
 
 def test_a_line_waits_until_all_its_beams_find_room(engine: OcrEngine) -> None:
@@ -141,7 +141,7 @@ def test_without_a_length_of_its_own_a_model_takes_the_settings(tiny_folder: Pat
 
 
 def test_bfloat16_is_a_setting(tiny_folder: Path) -> None:
-    engine = load(tiny_folder, dtype="bfloat16")
+    engine = load(tiny_folder, precision="bfloat16")
     assert engine.info().models[0].dtype == "bfloat16"
     reader = Reader(engine)
     read = reader.submit("one", scribble(1), beams(3))
@@ -154,7 +154,7 @@ def test_two_models_take_turns(tiny_folder: Path, tmp_path: Path) -> None:
     engine = create_engine(
         Settings(models={"a": str(tiny_folder), "b": str(other)}, default_model="b", threads=1).model_dump_json()
     )
-    assert [(m.name, m.is_default) for m in engine.info().models] == [("a", False), ("b", True)]
+    assert {m.name: m.is_default for m in engine.info().models} == {"a": False, "b": True}
     texts = []
     for names in (["a"], ["b"], ["a", "b"]):
         readers = [Reader(engine, name) for name in names]
@@ -190,7 +190,7 @@ def test_weights_that_give_no_numbers_are_found_at_the_start(tmp_path: Path) -> 
     model = tiny_trocr.build()
     with torch.no_grad():
         model.decoder.output_projection.weight.fill_(float("nan"))
-    with pytest.raises(RuntimeError, match="not finite numbers"):
+    with pytest.raises(CheckpointError, match="not finite numbers"):
         load(tiny_trocr.save(tmp_path, model))
 
 

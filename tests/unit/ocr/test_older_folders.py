@@ -10,7 +10,7 @@ from transformers import DeiTConfig, DeiTModel, TrOCRConfig, TrOCRForCausalLM, V
 
 from services.ocr.engine.main import OcrEngine, create_engine
 from services.ocr.settings import Settings
-from tests.support.reading import GREEDY, Reader, beams, generate, scribble
+from tests.support.reading import GREEDY, Reader, beams, generate, lane_in, scribble
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def older_engine(folder: Path) -> OcrEngine:
 def test_an_older_folder_reads_as_generate_does(older_engine: OcrEngine, folder: Path) -> None:
     lines = [scribble(seed) for seed in range(6)]
     model = VisionEncoderDecoderModel.from_pretrained(folder).eval()
-    pixels = older_engine.lanes["tiny"].model.prepare(lines)
+    pixels = lane_in(older_engine).model.prepare(lines)
     assert pixels.shape == (6, 3, 32, 32)
     for decoding in (GREEDY, beams(4)):
         reader = Reader(older_engine)
@@ -100,7 +100,7 @@ def test_an_older_folder_reads_as_generate_does(older_engine: OcrEngine, folder:
 
 
 def test_pieces_of_a_character_make_one_text(older_engine: OcrEngine) -> None:
-    model = older_engine.lanes["tiny"].model
+    model = lane_in(older_engine).model
     ids = model.tokenizer("Grüße", add_special_tokens=False)["input_ids"]
     assert model.text(ids) == "".join(model.pieces(ids)) == "Grüße"
     # ü was not learned whole: its first byte adds nothing yet.
