@@ -1,7 +1,7 @@
 """`python -m services.ocr.evaluate DIR`: character and word error rates over a folder of labelled lines.
 
 DIR holds labels.tsv, tab-separated without quoting, with a header that names the columns `file` (relative to DIR) and
-`text`; other columns are ignored. The images go through the same decoding and the same engine as calls do.
+`text`; of other columns only `writer` is read, and only by fine-tuning. The images go through the same decoding and the same engine as calls do.
 """
 
 import csv
@@ -38,6 +38,7 @@ class Label:
     file: str
     path: Path
     text: str
+    writer: str = ""  # empty where labels.tsv has no such column
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def read_labels(folder: Path, limits: images.Limits) -> list[Label]:
         if not row:
             continue
         values = dict(zip(header, row, strict=False))
-        label = Label(values.get("file", ""), folder / values.get("file", ""), values.get("text", ""))
+        file = values.get("file", "")
+        label = Label(file, folder / file, values.get("text", ""), values.get("writer", ""))
         problem = _problem(label, len(row), len(header), limits)
         if problem:
             problems.append(f"{path}:{number}: {problem}")

@@ -2,7 +2,8 @@
 
 A shard is three files: ``NAME.images.npy`` (uint8, lines × height × width), ``NAME.spans.npy`` (float16, lines ×
 characters × 2: where a character begins and ends, as a share of the width) and ``NAME.json`` (the texts). The training
-loop maps the images into memory, so it never waits for a font.
+loop maps the images into memory, so it never waits for a font. With ``--lines`` the lines become a folder of images
+with ``labels.tsv`` instead, which is what ``python -m services.ocr.finetune`` reads.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class FontShelf:
         self.paths = {family: path for family, path in paths.items() if path.exists()}
         self.covers = {family: coverage(path) for family, path in self.paths.items()}
         self.families = sorted(self.paths)
+        self.heights = {family: self._letter_height(family) for family in self.families}
         self._faces: dict[tuple[str, int], ImageFont.FreeTypeFont] = {}
 
     def face(self, family: str, size: int) -> ImageFont.FreeTypeFont:
@@ -41,6 +43,11 @@ class FontShelf:
         if key not in self._faces:
             self._faces[key] = ImageFont.truetype(str(self.paths[family]), size, layout_engine=ImageFont.Layout.BASIC)
         return self._faces[key]
+
+    def _letter_height(self, family: str) -> float:
+        """Height of a lower-case letter without ascenders, as a share of the size of the face."""
+        box = ImageFont.truetype(str(self.paths[family]), 100, layout_engine=ImageFont.Layout.BASIC).getbbox("x")
+        return max(10.0, box[3] - box[1]) / 100
 
     def pick(self, text: str, rng: random.Random) -> str | None:
         """A random family that has every character of the text."""
@@ -78,10 +85,14 @@ def draw_line(
         tracking = rng.choice((0.0, rng.uniform(-0.04, 0.03), rng.uniform(0.0, 0.22))) * size
         gap = rng.uniform(-0.1, 0.35) * size
         swell = rng.choice((0, 0, 2, 4))
+        guests = _guests(text, family, shelf, rng) if rng.random() < 0.4 else {}
         drift, x = 0.0, float(left)
         for character in text:
             drift = 0.8 * drift + rng.gauss(0, wobble * 0.6)
             own = shelf.face(family, size + 2 * rng.randint(-swell // 2, swell // 2)) if swell else face
+            if character in guests:
+                guest = guests[character]
+                own = shelf.face(guest, max(12, 2 * round(own.size * shelf.heights[family] / shelf.heights[guest] / 2)))
             advance = own.getlength(character)
             y = baseline + drift
             pen.text((round(x), round(y)), character, fill=0, font=own, anchor="ls", stroke_width=stroke)
@@ -94,6 +105,14 @@ def draw_line(
         return draw_line(text, family, shelf, rng, plain=True) if not plain else (image, spans)
     image = image.crop(box)
     return image, [(start - box[0], end - box[0]) for start, end in spans]
+
+
+def _guests(text: str, family: str, shelf: FontShelf, rng: random.Random) -> dict[str, str]:
+    """Another print-like family for about a third of a line's characters: no hand writes all letters as one font."""
+    others = [other for other in rng.sample(shelf.families, 4) if other not in CURSIVE and other != family]
+    chosen = [character for character in sorted(set(text)) if character != " " and rng.random() < 0.35]
+    pairs = ((character, rng.choice(others)) for character in chosen if others)
+    return {character: other for character, other in pairs if character in shelf.covers[other]}
 
 
 def frame_line(
@@ -147,6 +166,23 @@ def write_shard(stem: Path, count: int, shelf: FontShelf, source: TextSource, rn
     os.replace(partial, stem.with_suffix(".json"))
 
 
+def write_lines(folder: Path, count: int, shelf: FontShelf, source: TextSource, rng: random.Random) -> None:
+    """Render a folder of images and ``labels.tsv``, the family as the writer; lines are about 64 pixels high."""
+    (folder / "img").mkdir(parents=True, exist_ok=True)
+    rows = ["file\ttext\twriter"]
+    while len(rows) <= count:
+        text = source.draw()
+        family = shelf.pick(text, rng)
+        if family is None:
+            continue
+        image, _ = frame_line(*draw_line(text, family, shelf, rng), rng)
+        name = f"img/{len(rows):06d}.png"
+        width = max(8, min(16 * 64, round(image.width * 64 / image.height)))
+        image.resize((width, 64), Image.Resampling.BILINEAR).save(folder / name, compress_level=1)
+        rows.append(f"{name}\t{text}\t{family}")
+    (folder / "labels.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
 def drop_shard(stem: Path) -> None:
     """Remove a shard, its text file first (a trainer that has it open keeps its pages)."""
     for suffix in (".json", ".images.npy", ".spans.npy"):
@@ -168,14 +204,22 @@ def main() -> None:
     parser.add_argument("--total", type=int, default=10, help="shards rendered before this stops")
     parser.add_argument("--data", type=Path, default=None, help="real lines whose training texts are rendered too")
     parser.add_argument("--long", type=float, default=0.0, help="share of long lines")
+    parser.add_argument("--lines", type=Path, default=None, help="write one folder of --count images and labels.tsv")
+    parser.add_argument("--seed", type=int, default=1000)
     arguments = parser.parse_args()
+    if arguments.lines is not None:
+        extra = training_texts(arguments.data) if arguments.data else None
+        source = TextSource(arguments.work / "text", seed=arguments.seed, extra=extra, long=arguments.long)
+        shelf = FontShelf(arguments.work / "fonts", TRAINING)
+        write_lines(arguments.lines, arguments.count, shelf, source, random.Random(arguments.seed))
+        return
     folder: Path = arguments.work / "shards"
     folder.mkdir(parents=True, exist_ok=True)
     stems = shard_stems(folder)
     number = int(stems[-1].name.split("-")[1]) + 1 if stems else 0
-    rng = random.Random(1000 + number)
+    rng = random.Random(arguments.seed + number)
     extra = training_texts(arguments.data) if arguments.data else None
-    source = TextSource(arguments.work / "text", seed=1000 + number, extra=extra, long=arguments.long)
+    source = TextSource(arguments.work / "text", seed=arguments.seed + number, extra=extra, long=arguments.long)
     shelf = FontShelf(arguments.work / "fonts", TRAINING)
     for turn in range(arguments.total):
         began = time.monotonic()

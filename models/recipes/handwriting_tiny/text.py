@@ -117,12 +117,12 @@ class TextSource:
         return self._cut(self.random.choice(self.sentences), self.random.randint(8, longest))
 
     def _long(self) -> str:
-        """A run of words of 26 to 50 characters."""
+        """A run of words of 28 to 60 characters."""
         if self.random.random() < 0.7:
             text = self._gloss(600) + " " + self._gloss(600)
         else:
-            text = self.fakers[self.random.choice(("en_US", "de_DE", "fr_FR"))].sentence(nb_words=10)
-        return self._cut(text, self.random.randint(28, 50))
+            text = self.fakers[self.random.choice(("en_US", "de_DE", "fr_FR"))].sentence(nb_words=12)
+        return self._cut(text, self.random.randint(28, MAX_LENGTH))
 
     def _word(self) -> str:
         word = " ".join(self.random.choices(self.lemmas, k=self.random.choice((1, 1, 2, 3))))
