@@ -137,6 +137,10 @@ class Admission:
         else:
             self._stop_waiting(ticket)
 
+    def seconds_for(self, cost: float) -> float:
+        """How long a call of that cost takes in a slot, going by those before it; 0 while nothing is known."""
+        return self._pace.seconds_per_cost(self._clock()) * cost
+
     def positions(self) -> Iterator[tuple[Ticket, int]]:
         """Every waiting call with the number of calls that stand before it, first to last."""
         now = self._clock()

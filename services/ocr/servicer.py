@@ -21,6 +21,8 @@ from services.kit.faults import Fault
 from services.kit.job import HostEvent, Job, Queued
 from services.kit.metrics import Metrics
 from services.ocr import converters, images
+from services.ocr.documents.service import Caller as DocumentCaller
+from services.ocr.documents.service import Documents
 from services.ocr.domain import EngineInfo, ModelInfo, Partial, ReadJob, Recognition
 from services.ocr.settings import Settings
 
@@ -63,6 +65,9 @@ class OcrServicer(ocr_pb2_grpc.OcrServiceServicer):
         self._limits = images.Limits(settings.max_image_bytes, settings.max_image_pixels, settings.min_image_side)
         # Bounded, so that a flood of large images cannot take every core from the engine.
         self._decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="image")
+        self._documents = Documents(
+            host, settings, metrics.registry, executor=self._decoders, count_reading=self._count_reading
+        )
 
     def close(self) -> None:
         """Let go of the decoding threads."""
@@ -111,6 +116,21 @@ class OcrServicer(ocr_pb2_grpc.OcrServiceServicer):
         finally:
             feeding.cancel()
             await asyncio.gather(feeding, return_exceptions=True)
+
+    async def ReadDocument(
+        self, request: ocr_pb2.ReadDocumentRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[ocr_pb2.ReadDocumentResponse]:
+        async def admit() -> None:
+            await context.send_initial_metadata(())
+
+        caller = DocumentCaller(priority_of(context), lambda: time_left(context), admit)
+        model = converters.model_of(request, self._engine_info())
+        label_call(model=model.name, hardware=model.hardware)
+        decoding = converters.decoding_of(request.decoding, model)
+        # Closed here, so that everything of the document has ended when the call has.
+        async with contextlib.aclosing(self._documents.read(request, model, decoding, caller)) as responses:
+            async for response in responses:
+                yield response
 
     async def ListModels(
         self, request: ocr_pb2.ListModelsRequest, context: grpc.aio.ServicerContext
@@ -161,9 +181,12 @@ class OcrServicer(ocr_pb2_grpc.OcrServiceServicer):
 
     def _recognition(self, event: Finished, model: ModelInfo, job: Job) -> ocr_pb2.Recognition:
         read = msgspec.msgpack.decode(event.payload, type=Recognition)
+        self._count_reading(read, model)
+        return converters.recognition(read, model, queue_ms=job.queue_ms, engine_ms=job.engine_ms)
+
+    def _count_reading(self, read: Recognition, model: ModelInfo) -> None:
         self._metrics.tokens.labels(model.name).inc(read.decoded_token_count)
         self._metrics.batch_size.labels(model.name).observe(read.mean_batch_rows)
-        return converters.recognition(read, model, queue_ms=job.queue_ms, engine_ms=job.engine_ms)
 
     def _engine_info(self) -> EngineInfo:
         if self._host.info is None:
