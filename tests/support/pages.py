@@ -49,6 +49,7 @@ class PageSpec:
     size: float = 0.0  # font size; 0: as large as the lines fit
     spacing: float = 1.5  # pitch of the lines over the size of the font
     paper: Paper = "plain"
+    rules: tuple[int, int, int] = (150, 175, 215)  # their colour
     indent: bool = False  # every fifth line or so begins further right
     ragged: float = 0.4  # how much shorter than the column a line may be, share of the column
     wobble: float = 0.0  # how far words stray from the baseline, share of the size
@@ -166,7 +167,7 @@ def _corners(box: tuple[int, int, int, int]) -> Polygon:
 def _rule(sheet: Image.Image, spec: PageSpec, margin: float, top: float, pitch: float) -> None:
     pen = ImageDraw.Draw(sheet)
     thick = max(1, round(spec.width / 900))
-    blue, red = (150, 175, 215), (215, 90, 90)
+    blue, red = spec.rules, (215, 90, 90)
     if spec.paper in ("lines", "margin"):
         y = top + 0.85 * pitch
         while y < spec.height:

@@ -13,7 +13,7 @@ GUTTERS = ((2.2, 3.2), (1.2, 5.0), (0.75, 9.0))
 STRETCH = 1.6  # shortest part of a gutter between two lines that cross it, in heights of a line
 CROSSED = 0.35  # share of its length that a gutter may be crossed
 COST = 6.0  # how much white outweighs one crossing
-NARROW = 3.0  # narrowest column, in heights of a line; what is narrower is a margin note or a number
+NARROW = 2.0  # narrowest column, in heights of a line; what is narrower is a margin note or a number
 DEPTH = 8  # columns within columns
 
 
@@ -82,7 +82,8 @@ def _gutter(cores: Sequence[Core], height: float) -> tuple[float, list[tuple[flo
         along = (white & both).sum(axis=0)
         across = (~white & both).sum(axis=0)
         worth = np.where((along >= least) & (across <= CROSSED * along), along - COST * across, -np.inf)
-        first = int(np.argmax(worth))
+        ties = np.flatnonzero(worth == worth.max())
+        first = int(ties[len(ties) // 2])
         # A wider gutter is the surer one, so a narrower has to be clearly better.
         if np.isfinite(worth[first]) and (best is None or worth[first] > best[0] + 4):
             best = (float(worth[first]), first, wide, white[:, first])

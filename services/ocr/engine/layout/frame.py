@@ -99,7 +99,8 @@ def direction(page: Rgb, detector: Detector, rotation: int | None) -> Direction:
         # Turned clockwise by 90 degrees, what runs down runs to the left; only the tilt from the axis counts here.
         angles = angles if upright else (angles + 180) % 180 - 90
     near = np.abs(angles) < 45
-    skew = weighted_median(angles[near], lengths[near]) if near.any() else 0.0
+    # The error of a core's angle falls with its length, so long ones count by the square.
+    skew = weighted_median(angles[near], lengths[near] ** 2) if near.any() else 0.0
     return Direction(found or 0, skew, weighted_median(thickness, lengths) / scale)
 
 

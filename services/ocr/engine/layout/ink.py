@@ -1,5 +1,7 @@
 """Which pixels of a page are ink: darker (or lighter) than the paper around, and no ruled line."""
 
+from typing import Any
+
 import cv2
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +13,12 @@ Mask = npt.NDArray[np.uint8]
 SOLID = 92  # percentile of the contrast inside cores, of which strokes cover a quarter or so, that is solid ink
 SHARE = 0.45  # a pixel is ink from this share of solid ink's contrast, about the middle of a stroke's edge
 NOISE = 3.0  # and from so many standard deviations of the paper
+FAINT = 0.5  # share of that threshold from which a pixel may belong to a rule, so that faint rules do not fall apart
+ALONG = 0.25  # heights of a line to average along a rule
+THIN = 0.2  # a rule is thinner than this share of a line's height
+STRAIGHT = 2.5  # heights of a line that no stroke runs straight for
+LEANS = np.arange(-4.0, 4.01, 0.25)  # degrees that rules may lean against the writing
+SAMPLE = 60_000  # pixels that are enough to tell how the rules lean
 
 
 def ink_of(view: Rgb, inside: Mask, height: float) -> Mask:
@@ -25,9 +33,74 @@ def ink_of(view: Rgb, inside: Mask, height: float) -> Mask:
         contrast, among, high = -contrast, -among, -low
     paper = among[among < 0]
     noise = float(np.sqrt(np.mean(paper * paper))) if len(paper) else 0.0
-    threshold = min(max(SHARE * high, NOISE * noise), 0.8 * high)
-    mask = (contrast > max(threshold, 0.02)).astype(np.uint8)
-    return _without_rules(mask, height)
+    threshold = max(min(max(SHARE * high, NOISE * noise), 0.8 * high), 0.02)
+    mask = (contrast > threshold).astype(np.uint8)
+    # Noise breaks faint rules: average along them before asking whether there is one.
+    along = max(3, round(ALONG * height))
+    least = max(FAINT * threshold, 0.02)
+    rules = np.zeros_like(mask)
+    for level in (True, False):
+        mean = cv2.blur(contrast, (along, 1) if level else (1, along))
+        faint, cores = (mean > least).astype(np.uint8), inside
+        if level:
+            rules |= rules_of(faint, cores, height)
+        else:
+            rules |= rules_of(np.ascontiguousarray(faint.T), np.ascontiguousarray(cores.T), height).T
+    return _without(mask, rules)
+
+
+def rules_of(mask: Mask, inside: Mask, height: float) -> Mask:
+    """1 where something thin runs nearly level and straight for longer than any stroke: rules, margins, tables."""
+    long, thick = max(24, round(STRAIGHT * height)), max(6, round(THIN * height))
+    if mask.shape[1] < long:
+        return np.zeros_like(mask)
+    slope = _slope(mask, inside, height)
+    # What leans by a fraction of a degree leaves its row of pixels now and then: thicken it first.
+    level = _shear(_uint8(cv2.dilate(mask, np.ones((3, 1), np.uint8))), -slope)
+    runs = _uint8(cv2.morphologyEx(level, cv2.MORPH_OPEN, np.ones((1, long), np.uint8)))
+    return _shear(runs & (1 - _uint8(cv2.morphologyEx(runs, cv2.MORPH_OPEN, np.ones((thick, 1), np.uint8)))), slope)
+
+
+def _slope(mask: Mask, inside: Mask, height: float) -> float:
+    """Rows that a rule falls a column: the lean whose level sums over the ink beside the writing are the sharpest."""
+    reach = max(3, round(1.2 * height))
+    writing = _uint8(cv2.dilate(inside, np.ones((reach, reach), np.uint8)))
+    ys, xs = np.nonzero(mask & (1 - writing))
+    if len(ys) > SAMPLE:
+        chosen = np.random.default_rng(0).choice(len(ys), SAMPLE, replace=False)
+        ys, xs = ys[chosen], xs[chosen]
+    best, slope = -1.0, 0.0
+    # From level outwards, so that of equals the least lean wins.
+    for lean in sorted(np.tan(np.radians(LEANS)), key=abs):
+        sums = np.bincount((ys - lean * xs + mask.shape[1] * 0.1).astype(np.int64).clip(0))
+        sharpness = float(np.square(sums, dtype=np.float64).sum()) if len(ys) else 0.0
+        if sharpness > best:
+            best, slope = sharpness, float(lean)
+    return slope
+
+
+def _shear(mask: Mask, slope: float) -> Mask:
+    """Move every column down by `slope` times its number."""
+    if not slope:
+        return mask
+    matrix = np.array([[1.0, 0.0, 0.0], [slope, 1.0, 0.0]])
+    return _uint8(cv2.warpAffine(mask, matrix, mask.shape[::-1], flags=cv2.INTER_NEAREST))
+
+
+def _uint8(image: Any) -> Mask:
+    """What OpenCV answers for 8-bit images, with its true type."""
+    answer: Mask = image
+    return answer
+
+
+def _without(mask: Mask, rules: Mask) -> Mask:
+    """The ink less the rules. Strokes that crossed one stay whole: gaps with ink on both sides are closed again."""
+    if not rules.any():
+        return mask
+    left: Mask = mask & (1 - rules)
+    mended = _uint8(cv2.morphologyEx(left, cv2.MORPH_CLOSE, np.ones((5, 3), np.uint8)))
+    whole: Mask = left | (mended & rules & mask)
+    return whole
 
 
 def _contrast(grey: npt.NDArray[np.uint8], height: float) -> npt.NDArray[np.float32]:
@@ -38,27 +111,3 @@ def _contrast(grey: npt.NDArray[np.uint8], height: float) -> npt.NDArray[np.floa
     paper = cv2.resize(cv2.medianBlur(small, window), grey.shape[::-1], interpolation=cv2.INTER_LINEAR)
     light = np.maximum(paper, 16).astype(np.float32)
     return (light - grey) / light
-
-
-def _without_rules(mask: Mask, height: float) -> Mask:
-    """Take out what runs straight for longer than any stroke: rules, margins, the lines of tables."""
-    long = max(24, round(2.5 * height))
-    rules = np.zeros_like(mask)
-    for across in (True, False):
-        shape = (1, long) if across else (long, 1)
-        wide = np.ones((3, 1) if across else (1, 3), np.uint8)
-        # A rule that leans by a degree leaves its row of pixels now and then: thicken it first.
-        runs = cv2.morphologyEx(cv2.dilate(mask, wide), cv2.MORPH_OPEN, np.ones(shape, np.uint8))
-        count, labels, stats, _ = cv2.connectedComponentsWithStats(runs, connectivity=8)
-        along = cv2.CC_STAT_WIDTH if across else cv2.CC_STAT_HEIGHT
-        thin = stats[:, cv2.CC_STAT_AREA] < (2 + 0.2 * height) * stats[:, along]
-        thin[0] = False
-        if count > 1 and thin.any():
-            rules |= thin.astype(np.uint8)[labels]
-    if not rules.any():
-        return mask
-    left: Mask = mask & (1 - rules)
-    # Strokes that crossed a rule are cut now: close gaps as wide as the rule where ink lies on both sides of it.
-    mended = cv2.morphologyEx(left, cv2.MORPH_CLOSE, np.ones((5, 3), np.uint8)).astype(np.uint8, copy=False)
-    whole: Mask = left | (mended & rules & mask)
-    return whole
