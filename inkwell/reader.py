@@ -135,7 +135,7 @@ class Reader(Calls):
         min_confidence: lines of less are left out, 0 to 1.
         orientation: how far the pages must be turned clockwise to be upright: 0, 90, 180 or 270 degrees; found out
             page by page if left out.
-        export: files wanted: "text", "json", "hocr", "alto", "page_xml" (a ZIP archive for several pages), "pdf" (the
+        export: files wanted: "text", "json", "hocr", "alto", "page-xml" (a ZIP archive for several pages), "pdf" (the
             pages with the text lying invisibly over the writing); they are in the result's `exports`.
         on_event: called with every event as it comes, the result last.
         The other options are those of `read`, for every line. The document's time is `timeout_s`, all pages together.

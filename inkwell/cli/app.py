@@ -1,23 +1,35 @@
 """The commands and their options; what they do is in the modules beside this one."""
 
-import asyncio
 import re
-from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from inkwell.aio import AsyncClient
 from inkwell.channel import DEFAULT_TIMEOUT_S
-from inkwell.version import __version__
-
-EXIT_CODES = (
-    "Exit codes: 0 done; 1 some of several images failed, or a defect of the server; 2 wrong usage, or a request that "
-    "can never work; 3 no such model, scheduler, …; 4 the server is unreachable or not ready; 5 the server is "
-    "overloaded; 6 it took longer than --timeout; 7 the server cannot or will not do this (hardware, missing call, "
-    "access); 130 interrupted by Ctrl-C; 141 the reader of stdout went away."
+from inkwell.cli import inventory
+from inkwell.cli.options import (
+    DEFAULT_ADDRESS,
+    EXIT_CODES,
+    LONG_TIMEOUT_S,
+    Address,
+    BeamWidth,
+    Hardware,
+    Json,
+    Language,
+    LengthPenalty,
+    MaxTokens,
+    ModelName,
+    NoRepeat,
+    Quiet,
+    Stopping,
+    Timeout,
+    Wait,
+    call,
 )
+from inkwell.types import ExportFormat
+from inkwell.version import __version__
 
 app = typer.Typer(
     help="Read handwriting and paint pictures through Inkwell.",
@@ -27,27 +39,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Address = Annotated[
-    str,
-    typer.Option("--address", "-a", envvar="INKWELL_ADDRESS", help="Gateway or service to call.", metavar="HOST:PORT"),
-]
-Hardware = Annotated[
-    str | None,
-    typer.Option(
-        "--hardware", help="Ordered preference, such as 'cuda, cpu'; 'cuda!' for only that.", metavar="LABELS"
-    ),
-]
-Timeout = Annotated[float, typer.Option("--timeout", help="Seconds a call may take.", min=0.001)]
-Wait = Annotated[
-    float | None, typer.Option("--wait", help="Seconds to wait for a connection, instead of failing at once.", min=0)
-]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
-ModelName = Annotated[str, typer.Option("--model", "-m", help="Name from 'inkwell models'.", metavar="NAME")]
-
-DEFAULT_ADDRESS = "localhost:50050"
-LIST_TIMEOUT_S = 10.0
 
 
 def _show_version(wanted: bool) -> None:
@@ -72,9 +63,8 @@ def read(
     ],
     address: Address = DEFAULT_ADDRESS,
     model: ModelName = "",
-    beam_width: Annotated[
-        int | None, typer.Option("--beam-width", help="Rows searched at once, 1 (greedy) to 16.", metavar="N")
-    ] = None,
+    language: Language = None,
+    beam_width: BeamWidth = None,
     alternatives: Annotated[
         int | None,
         typer.Option(
@@ -84,12 +74,10 @@ def read(
             metavar="N",
         ),
     ] = None,
-    length_penalty: Annotated[
-        float | None, typer.Option("--length-penalty", help="Above 0 favours longer text; beam search only.")
-    ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", help="Tokens to decode at most.", metavar="N")
-    ] = None,
+    length_penalty: LengthPenalty = None,
+    max_tokens: MaxTokens = None,
+    no_repeat: NoRepeat = None,
+    early_stopping: Stopping = None,
     hardware: Hardware = None,
     timeout: Timeout = DEFAULT_TIMEOUT_S,
     wait: Wait = None,
@@ -106,15 +94,130 @@ def read(
         beam_width = max(4, alternatives) if alternatives > 1 else None
     options: reading.Options = {
         "model": model,
+        "languages": language or (),
         "beam_width": beam_width,
         "hypothesis_count": alternatives,
         "length_penalty": length_penalty,
         "max_new_token_count": max_tokens,
+        "no_repeat_ngram_size": no_repeat,
+        "early_stopping": early_stopping,
         "timeout_s": timeout,
     }
     sources = reading.sources(images)
-    _call(
+    call(
         lambda client: reading.run(client, sources, options, alternatives=alternatives, as_json=json, quiet=quiet),
+        AsyncClient(address, hardware=hardware, wait_for_ready_s=wait),
+    )
+
+
+@app.command(epilog=EXIT_CODES)
+def document(
+    file: Annotated[
+        str, typer.Argument(help="A PDF, a TIFF of several pages, or a photo; '-' for stdin.", metavar="FILE")
+    ],
+    address: Address = DEFAULT_ADDRESS,
+    pages: Annotated[
+        str | None, typer.Option("--pages", help="Pages to read, such as 1-3,7,9-; all if left out.", metavar="PAGES")
+    ] = None,
+    formats: Annotated[
+        list[ExportFormat] | None,
+        typer.Option(
+            "--format",
+            "-f",
+            help="What to write; again for several. Text if left out, or what the end of --output says.",
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", help="File, or folder for files named after FILE; else stdout.", metavar="PATH"),
+    ] = None,
+    dpi: Annotated[
+        int | None, typer.Option("--dpi", help="Dots per inch to render PDF pages at, 72 to 600; 200 if left out.")
+    ] = None,
+    orientation: Annotated[
+        Literal["auto", "0", "90", "180", "270"],
+        typer.Option(
+            "--orientation",
+            help="Degrees clockwise that pages must be turned to be upright; auto finds out page by page.",
+        ),
+    ] = "auto",
+    min_confidence: Annotated[
+        float | None, typer.Option("--min-confidence", help="Leave out lines of less, 0 to 1.")
+    ] = None,
+    model: ModelName = "",
+    language: Language = None,
+    beam_width: BeamWidth = None,
+    length_penalty: LengthPenalty = None,
+    max_tokens: MaxTokens = None,
+    no_repeat: NoRepeat = None,
+    early_stopping: Stopping = None,
+    hardware: Hardware = None,
+    timeout: Timeout = LONG_TIMEOUT_S,
+    wait: Wait = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Read a document: finds the lines of its pages and reads them in order.
+
+    Prints the text, page by page as it is read, or writes files and prints their paths.
+    """
+    from inkwell.cli import documents, reading
+
+    where = documents.destination(file, formats or [], output, as_json=json)
+    (source,) = reading.sources([file], "FILE")
+    options = {
+        "pages": pages,
+        "dpi": dpi,
+        "orientation": None if orientation == "auto" else int(orientation),
+        "min_confidence": min_confidence,
+        "model": model,
+        "languages": language or (),
+        "beam_width": beam_width,
+        "length_penalty": length_penalty,
+        "max_new_token_count": max_tokens,
+        "no_repeat_ngram_size": no_repeat,
+        "early_stopping": early_stopping,
+        "timeout_s": timeout,
+    }
+    call(
+        lambda client: documents.run(client, source, options, where, as_json=json, quiet=quiet),
+        AsyncClient(address, hardware=hardware, wait_for_ready_s=wait),
+    )
+
+
+@app.command(epilog=EXIT_CODES)
+def embed(
+    images: Annotated[
+        list[str], typer.Argument(help="Picture files of one line each; '-' for stdin.", metavar="IMAGE")
+    ],
+    output: Annotated[
+        str | None,
+        typer.Option("--output", "-o", help=".npy file for all of them; '-' for stdout. Else JSON.", metavar="FILE"),
+    ] = None,
+    address: Address = DEFAULT_ADDRESS,
+    model: ModelName = "",
+    pooling: Annotated[
+        Literal["mean", "cls", "none"],
+        typer.Option(
+            "--pooling", help="One vector an image, the mean or the first (cls) of its tokens', or (none) all of them."
+        ),
+    ] = "mean",
+    dtype: Annotated[Literal["float32", "float16"], typer.Option("--dtype", help="Type of the numbers.")] = "float32",
+    normalize: Annotated[bool, typer.Option("--normalize", help="Scale each vector to length 1 (L2).")] = False,
+    hardware: Hardware = None,
+    timeout: Timeout = DEFAULT_TIMEOUT_S,
+    wait: Wait = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Turn images of handwriting into vectors: a JSON object a line, or a .npy file with a row an image."""
+    from inkwell.cli import embedding, reading
+
+    where = embedding.destination(output, as_json=json)
+    sources = reading.sources(images)
+    options = {"model": model, "pooling": pooling, "dtype": dtype, "normalize": normalize, "timeout_s": timeout}
+    call(
+        lambda client: embedding.run(client, sources, options, where, as_json=json, quiet=quiet),
         AsyncClient(address, hardware=hardware, wait_for_ready_s=wait),
     )
 
@@ -183,76 +286,15 @@ def paint(
     options |= {"media_type": destination.media_type, "quality": quality, "timeout_s": timeout}
     if count > 1:
         options["image_count"] = count
-    _call(
+    call(
         lambda client: painting.run(client, options, destination, as_json=json, quiet=quiet, preview=preview),
         AsyncClient(address, hardware=hardware, wait_for_ready_s=wait),
     )
 
 
-@app.command(epilog=EXIT_CODES)
-def fleet(
-    address: Address = DEFAULT_ADDRESS,
-    service: Annotated[str, typer.Option("--service", help="Only pools of this service: ocr or diffusion.")] = "",
-    hardware: Annotated[str, typer.Option("--hardware", help="Only pools with this label.")] = "",
-    timeout: Timeout = LIST_TIMEOUT_S,
-    wait: Wait = None,
-    json: Json = False,
-) -> None:
-    """Show the pools behind a gateway: endpoints, their state and load."""
-    from inkwell.cli import listing
-
-    _call(
-        lambda client: listing.fleet(client, service=service, hardware=hardware, as_json=json),
-        AsyncClient(address, timeout_s=timeout, wait_for_ready_s=wait),
-    )
-
-
-@app.command(epilog=EXIT_CODES)
-def models(
-    address: Address = DEFAULT_ADDRESS,
-    hardware: Hardware = None,
-    timeout: Timeout = LIST_TIMEOUT_S,
-    wait: Wait = None,
-    json: Json = False,
-) -> None:
-    """List the models that can read or paint."""
-    from inkwell.cli import listing
-
-    _call(
-        lambda client: listing.models(client, as_json=json),
-        AsyncClient(address, hardware=hardware, timeout_s=timeout, wait_for_ready_s=wait),
-    )
-
-
-@app.command(epilog=EXIT_CODES)
-def schedulers(
-    address: Address = DEFAULT_ADDRESS,
-    hardware: Hardware = None,
-    timeout: Timeout = LIST_TIMEOUT_S,
-    wait: Wait = None,
-    json: Json = False,
-) -> None:
-    """List the schedulers that 'inkwell paint' knows by name."""
-    from inkwell.cli import listing
-
-    _call(
-        lambda client: listing.schedulers(client, as_json=json),
-        AsyncClient(address, hardware=hardware, timeout_s=timeout, wait_for_ready_s=wait),
-    )
-
-
-def _call(work: Callable[[AsyncClient], Awaitable[None]], client: AsyncClient) -> None:
-    """Do the work and close the client.
-
-    On an event loop because Ctrl-C then cancels the work, at the server too, wherever it happens to be; in a program
-    of threads it may strike inside gRPC's own locks.
-    """
-
-    async def session() -> None:
-        async with client:
-            await work(client)
-
-    asyncio.run(session())
+app.command(epilog=EXIT_CODES)(inventory.fleet)
+app.add_typer(inventory.models, name="models")
+app.command(epilog=EXIT_CODES)(inventory.schedulers)
 
 
 def _size(text: str | None) -> tuple[int | None, int | None]:

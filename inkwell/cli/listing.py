@@ -61,7 +61,18 @@ async def models(client: AsyncClient, *, as_json: bool) -> None:
         _json_lines({"service": service} | dataclasses.asdict(model) for service, model in found)
     else:
         report.table(
-            ("MODEL", "SERVICE", "STATE", "HARDWARE", "RUNTIME", "DTYPE", "PARAMETERS", "DEFAULT", "SETTINGS"),
+            (
+                "MODEL",
+                "SERVICE",
+                "STATE",
+                "HARDWARE",
+                "RUNTIME",
+                "PRECISION",
+                "PARAMETERS",
+                "MEMORY",
+                "DEFAULT",
+                "SETTINGS",
+            ),
             [_model_row(service, model) for service, model in found],
         )
     for service, failure in serious:
@@ -87,22 +98,32 @@ def _model_row(service: Service, model: types.Model) -> tuple[str, ...]:
         case types.OcrModel():
             beams = model.default_decoding.beam_width
             settings = f"beam width {beams}, at most {model.max_new_token_limit} tokens"
+            if model.languages:
+                settings += f", {' '.join(model.languages)}"
+            precision, memory = str(model.precision or ""), size(model.weight_bytes)
         case types.DiffusionModel():
             settings = (
                 f"{model.default_width}x{model.default_height}, {model.default_step_count} steps, "
                 f"guidance {model.default_guidance_scale:g}, {model.default_scheduler}"
             )
+            precision, memory = model.dtype, ""
     return (
         model.name,
         service,
         str(model.state),
         model.hardware,
         model.runtime,
-        model.dtype,
+        precision,
         f"{model.parameter_count:,}",
+        memory,
         "yes" if model.is_default else "",
         settings,
     )
+
+
+def size(count: int) -> str:
+    """Bytes as MB, empty for none."""
+    return f"{count / 1e6:,.1f} MB" if count else ""
 
 
 def _json_lines(values: Iterable[dict[str, Any]]) -> None:

@@ -99,7 +99,7 @@ async def run(
                     line = terminal.status(f"{event.model} on {event.hardware} ({event.runtime})")
                 case types.Progress():
                     told.progress(event)
-                    line = terminal.bar(event.step, event.step_count, "steps", _remaining(event.eta_ms))
+                    line = terminal.bar(event.step, event.step_count, "steps", terminal.remaining(event.eta_ms))
                 case types.Preview() if draw:
                     drawn = previewing.draw([image.content for image in event.images], console.width)
                 case types.PaintResult():
@@ -128,16 +128,7 @@ class _Told:
         tenth = event.step * 10 // max(1, event.step_count)
         if tenth > self._tenth:
             self._tenth = tenth
-            self.line(f"step {event.step}/{event.step_count}, {_remaining(event.eta_ms)}")
-
-
-def _remaining(eta_ms: int) -> str:
-    seconds = eta_ms / 1000
-    if seconds < 10:
-        return f"{seconds:.1f} s left"
-    if seconds < 120:
-        return f"{seconds:.0f} s left"
-    return f"{seconds / 60:.0f} min left"
+            self.line(f"step {event.step}/{event.step_count}, {terminal.remaining(event.eta_ms)}")
 
 
 def _deliver(result: types.PaintResult, where: Destination, *, as_json: bool) -> None:

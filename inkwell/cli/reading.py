@@ -23,23 +23,26 @@ class Options(TypedDict):
     """The keyword arguments of `AsyncClient.read_stream` and `AsyncClient.read_many`."""
 
     model: str
+    languages: Sequence[str]
     beam_width: int | None
     hypothesis_count: int | None
     length_penalty: float | None
     max_new_token_count: int | None
+    no_repeat_ngram_size: int | None
+    early_stopping: str | None
     timeout_s: float
 
 
-def sources(arguments: Sequence[str]) -> list[Source]:
-    """The pictures by the names they were given; raises BadParameter before anything is sent."""
+def sources(arguments: Sequence[str], what: str = "IMAGE") -> list[Source]:
+    """The files by the names they were given as argument `what`; raises BadParameter before anything is sent."""
     if arguments.count("-") > 1:
-        raise typer.BadParameter("stdin ('-') can be read only once", param_hint="IMAGE")
+        raise typer.BadParameter("stdin ('-') can be read only once", param_hint=what)
     for argument in arguments:
         if argument != "-" and not os.path.isfile(argument):
-            what = "is a directory" if os.path.isdir(argument) else "does not exist"
-            raise typer.BadParameter(f"{argument!r} {what}", param_hint="IMAGE")
+            wrong = "is a directory" if os.path.isdir(argument) else "does not exist"
+            raise typer.BadParameter(f"{argument!r} {wrong}", param_hint=what)
         if argument != "-" and not os.access(argument, os.R_OK):
-            raise typer.BadParameter(f"{argument!r} cannot be read", param_hint="IMAGE")
+            raise typer.BadParameter(f"{argument!r} cannot be read", param_hint=what)
     return [(argument, sys.stdin.buffer.read() if argument == "-" else argument) for argument in arguments]
 
 
@@ -74,7 +77,7 @@ class _Printer:
 
     def reading(self, name: str, reading: types.Reading) -> None:
         if self._as_json:
-            report.json_line(_as_json(name, reading))
+            report.json_line({"file": name} | reading_as_json(reading))
             return
         prefix = f"{name}\t" if self._name_files else ""
         if self._alternatives is None:
@@ -84,6 +87,10 @@ class _Printer:
                 report.line(f"{prefix}{each.confidence:.4f}\t{each.text}")
         if reading.truncated:
             report.note(f"{name}: stopped at the token limit, the text may go on; --max-tokens allows more")
+        if reading.repetition_suspected:
+            report.note(f"{name}: likely wrong, the text goes round in circles; --no-repeat 3 forbids it")
+        if reading.blank:
+            report.note(f"{name}: no writing was found")
 
     def failure(self, name: str, error: InkwellError) -> None:
         self.failure_line(name, error)
@@ -94,13 +101,16 @@ class _Printer:
             report.json_line({"file": name, "error": report.error_as_json(error)})
 
 
-def _as_json(name: str, reading: types.Reading) -> dict[str, Any]:
+def reading_as_json(reading: types.Reading) -> dict[str, Any]:
+    """What a line of `--json` says of a reading."""
     return {
-        "file": name,
         "text": reading.text,
         "confidence": reading.confidence,
+        "confidence_calibrated": reading.confidence_calibrated,
         "log_probability": reading.log_probability,
         "truncated": reading.truncated,
+        "repetition_suspected": reading.repetition_suspected,
+        "blank": reading.blank,
         "tokens": [dataclasses.asdict(token) for token in reading.tokens],
         "alternatives": [
             {name: getattr(each, name) for name in ("text", "confidence", "log_probability", "score")}

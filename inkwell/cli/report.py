@@ -52,6 +52,23 @@ _OPTIONS = {
     "hypothesis_count": "--alternatives",
     "length_penalty": "--length-penalty",
     "max_new_token_count": "--max-tokens",
+    "no_repeat_ngram_size": "--no-repeat",
+    "early_stopping": "--early-stopping",
+    "languages": "--language",
+    "language_hints": "--language",
+    "pages": "--pages",
+    "page_ranges": "--pages",
+    "first_page": "--pages",
+    "last_page": "--pages",
+    "dpi": "--dpi",
+    "min_confidence": "--min-confidence",
+    "orientation": "--orientation",
+    "export": "--format",
+    "export_formats": "--format",
+    "pooling": "--pooling",
+    "dtype": "--dtype",
+    "precision": "--precision",
+    "name": "NAME",
     "model": "--model",
     "prompt": "PROMPT",
     "negative_prompt": "--negative",
@@ -80,10 +97,15 @@ def prepare_streams() -> None:
             reconfigure(errors="backslashreplace")
 
 
-def line(text: str) -> None:
+def line(content: str) -> None:
     """One line of result, at once. Raises PipeClosed."""
+    text(content + "\n")
+
+
+def text(content: str) -> None:
+    """Text of result with its own line ends, at once. Raises PipeClosed."""
     try:
-        sys.stdout.write(text + "\n")
+        sys.stdout.write(content)
         sys.stdout.flush()
     except BrokenPipeError:
         _discard_stdout()

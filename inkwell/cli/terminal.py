@@ -50,10 +50,22 @@ def status(text: str) -> RenderableType:
 def bar(done: int, total: int, unit: str, note: str = "") -> RenderableType:
     """A progress bar with its count, and a note behind it."""
     line = Table.grid(padding=(0, 1))
-    line.add_row(ProgressBar(total=total, completed=done, width=32), f"{done}/{total} {unit}", Text(note, style="dim"))
+    line.add_row(
+        ProgressBar(total=max(total, 1), completed=done, width=32), f"{done}/{total} {unit}", Text(note, style="dim")
+    )
     return line
 
 
 def above(*parts: RenderableType) -> RenderableType:
     """One below the other."""
     return Group(*parts)
+
+
+def remaining(eta_ms: int) -> str:
+    """A time as one would say it."""
+    seconds = eta_ms / 1000
+    if seconds < 10:
+        return f"{seconds:.1f} s left"
+    if seconds < 120:
+        return f"{seconds:.0f} s left"
+    return f"{seconds / 60:.0f} min left"

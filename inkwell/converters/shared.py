@@ -87,10 +87,11 @@ def by_name(numbers: Mapping[int, Name]) -> dict[str, int]:
 
 
 def choice(field: str, value: object, numbers: Mapping[str, int]) -> int:
-    """The enum number of a name, 0 (unset) for None; the error lists the names. "-" will do for "_"."""
+    """The enum number of a name, 0 (unset) for None; the error lists the names. "-" and "_" are the same."""
     if value is None or value == "":
         return 0
-    number = numbers.get(value.replace("-", "_")) if isinstance(value, str) else None
+    plain = {name.replace("-", "_"): number for name, number in numbers.items()}
+    number = plain.get(value.replace("-", "_")) if isinstance(value, str) else None
     if number is None:
         raise invalid(field, f"{value!r} is none of {', '.join(numbers)}")
     return number

@@ -21,7 +21,7 @@ class ExportFormat(enum.StrEnum):
     JSON = "json"
     HOCR = "hocr"
     ALTO = "alto"
-    PAGE_XML = "page_xml"
+    PAGE_XML = "page-xml"
     """A ZIP archive of one file a page when there are several."""
     SEARCHABLE_PDF = "pdf"
 
@@ -111,8 +111,8 @@ class Document:
 
     @property
     def text(self) -> str:
-        """The pages' texts, a form feed between them."""
-        return "\f".join(page.text for page in self.pages)
+        """The pages' texts; every page but the first begins with a form feed."""
+        return "\n\f".join(page.text for page in self.pages)
 
     @property
     def lines(self) -> Iterator[DocumentLine]:

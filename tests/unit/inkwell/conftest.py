@@ -1,6 +1,7 @@
 """A fake Inkwell and clients of it."""
 
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -26,3 +27,10 @@ def client(server: InkwellServer) -> Iterator[inkwell.Client]:
 async def aio_client(server: InkwellServer) -> AsyncIterator[inkwell.AsyncClient]:
     async with inkwell.AsyncClient(server.address, timeout_s=20) as opened:
         yield opened
+
+
+@pytest.fixture
+def command_at_server(server: InkwellServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The `inkwell` command calls the fake, from an empty folder."""
+    monkeypatch.setenv("INKWELL_ADDRESS", server.address)
+    monkeypatch.chdir(tmp_path)

@@ -1,8 +1,9 @@
 """A real gRPC server with servicers that do what a test tells them: the subject of these tests is the client.
 
 What is read is decided by the picture's bytes: b"say TEXT" is read as TEXT; b"hold" waits, after a partial text, until
-the test releases it or the client goes away; b"bad" is refused as no picture; b"truncated" is cut off. A prompt "hold"
-waits after its second step. `fail_next` makes the next calls of any kind end in a fault, before any header.
+the test releases it or the client goes away; b"bad" is refused as no picture; b"truncated" is cut off; b"blank" holds
+no writing. A prompt "hold" waits after its second step. `fail_next` makes the next calls of any kind end in a fault,
+before any header. Documents, embeddings and loading are in fake_documents.py.
 """
 
 import io
@@ -21,6 +22,7 @@ from inkwell.diffusion.v1 import diffusion_pb2, diffusion_pb2_grpc
 from inkwell.gateway.v1 import gateway_pb2, gateway_pb2_grpc
 from inkwell.ocr.v1 import ocr_pb2, ocr_pb2_grpc
 from services.kit import errors, faults
+from tests.unit.inkwell.fake_documents import DocumentServicer, pen
 
 TIMEOUT_S = 30.0
 
@@ -72,6 +74,10 @@ class InkwellServer:
             (("inkwell-pool", "pool-a"), ("inkwell-endpoint", "10.0.0.1:1"), ("inkwell-hardware", "cpu"))
         )
 
+    def refuse(self, context: Any, fault: faults.Fault) -> None:
+        """End the call as a service does."""
+        refuse(context, fault)
+
     def hold(self, context: Any) -> None:
         """Wait until released or the client is gone; notes which."""
         gone = threading.Event()
@@ -95,6 +101,8 @@ def refuse(context: Any, fault: faults.Fault) -> None:
 
 def recognition(content: bytes) -> ocr_pb2.Recognition:
     """What b"say TEXT" is read as: TEXT, and a less likely alternative in capitals."""
+    if content == b"blank":
+        return ocr_pb2.Recognition(hypotheses=[ocr_pb2.Hypothesis(confidence=1)], model="pen", confidence=1, blank=True)
     text = content.decode().removeprefix("say ")
     tokens = [ocr_pb2.Token(id=i, text=c, log_probability=-0.25, confidence=0.75) for i, c in enumerate(text[:99])]
     return ocr_pb2.Recognition(
@@ -103,6 +111,9 @@ def recognition(content: bytes) -> ocr_pb2.Recognition:
             ocr_pb2.Hypothesis(text=text.upper(), log_probability=-2, score=-0.5, confidence=0.25),
         ],
         truncated=content == b"truncated",
+        confidence=0.6,
+        confidence_calibrated=True,
+        repetition_suspected=content.startswith(b"say again and again"),
         model="pen",
         timing=common_pb2.Timing(queue_ms=1.5, engine_ms=20),
     )
@@ -111,7 +122,7 @@ def recognition(content: bytes) -> ocr_pb2.Recognition:
 BAD_IMAGE = faults.invalid_field("image.content", "not a picture; PNG, JPEG, WebP, TIFF or BMP", reason="BAD_IMAGE")
 
 
-class _Ocr(ocr_pb2_grpc.OcrServiceServicer):
+class _Ocr(DocumentServicer):
     def __init__(self, server: InkwellServer) -> None:
         self._server = server
 
@@ -166,14 +177,7 @@ class _Ocr(ocr_pb2_grpc.OcrServiceServicer):
 
     def ListModels(self, request: Any, context: Any) -> Any:
         self._server.admit(request, context)
-        model = ocr_pb2.Model(
-            name="pen", state=common_pb2.MODEL_STATE_READY, hardware="cpu", runtime="torch", dtype="float32",
-            parameter_count=7_000_000, max_new_token_limit=128, is_default=True,
-            default_decoding=ocr_pb2.DecodingOptions(
-                beam_width=4, hypothesis_count=1, length_penalty=1, max_new_token_count=64
-            ),
-        )  # fmt: skip
-        return ocr_pb2.ListModelsResponse(models=[model])
+        return ocr_pb2.ListModelsResponse(models=[pen()])
 
 
 class _Diffusion(diffusion_pb2_grpc.DiffusionServiceServicer):

@@ -1,38 +1,20 @@
 """The `inkwell` command: what it prints, writes and ends with."""
 
 import io
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
 
 import inkwell
 from inkwell.cli import main
+from inkwell.ocr.v1 import ocr_pb2
 from services.kit import faults
+from tests.unit.inkwell.command import json_lines, line_file
 from tests.unit.inkwell.fake_server import InkwellServer
 
-
-@pytest.fixture(autouse=True)
-def address(server: InkwellServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    """Every command of this module calls the fake, from an empty folder."""
-    monkeypatch.setenv("INKWELL_ADDRESS", server.address)
-    monkeypatch.chdir(tmp_path)
-    return server.address
-
-
-def line_file(name: str, content: str) -> str:
-    Path(name).write_bytes(content.encode())
-    return name
-
-
-def json_lines(text: str) -> list[dict[str, Any]]:
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is not JSON")
-
-    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+pytestmark = pytest.mark.usefixtures("command_at_server")
 
 
 # --- read ----------------------------------------------------------------------------------------------------------
@@ -78,9 +60,12 @@ def test_json_of_one_image(capsys: pytest.CaptureFixture[str]) -> None:
     assert value == {
         "file": "a.png",
         "text": "hi",
-        "confidence": 0.9,
+        "confidence": 0.6,
+        "confidence_calibrated": True,
         "log_probability": -0.5,
         "truncated": False,
+        "repetition_suspected": False,
+        "blank": False,
         "tokens": [
             {"id": 0, "text": "h", "log_probability": -0.25, "confidence": 0.75},
             {"id": 1, "text": "i", "log_probability": -0.25, "confidence": 0.75},
@@ -128,6 +113,23 @@ def test_what_was_read_before_a_stream_broke_is_printed(
 def test_a_text_that_was_cut_off_is_noted(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["read", line_file("a.png", "truncated")]) == 0
     assert "--max-tokens" in capsys.readouterr().err
+
+
+def test_doubtful_readings_are_noted(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["read", line_file("a.png", "blank"), line_file("b.png", "say again and again")]) == 0
+    out, err = capsys.readouterr()
+    assert out == "a.png\t\nb.png\tagain and again\n"
+    assert "a.png: no writing was found" in err
+    assert "b.png: likely wrong" in err
+
+
+def test_all_options_of_reading_reach_the_server(server: InkwellServer) -> None:
+    options = ["--language", "fr", "-l", "de-AT", "--no-repeat", "3", "--early-stopping", "never"]
+    assert main(["read", line_file("a.png", "say a"), *options]) == 0
+    (request,) = server.requests
+    assert list(request.language_hints) == ["fr", "de-AT"]
+    assert request.decoding.no_repeat_ngram_size == 3
+    assert request.decoding.early_stopping == ocr_pb2.EARLY_STOPPING_NEVER
 
 
 @pytest.mark.parametrize(
@@ -308,6 +310,11 @@ def test_models_and_schedulers_are_listed(capsys: pytest.CaptureFixture[str]) ->
         ["pen", "ocr", "ready"],
         ["brush", "diffusion", "loading"],
     ]
+    assert [line.split("\t")[5:9] for line in out.splitlines()] == [
+        ["PRECISION", "PARAMETERS", "MEMORY", "DEFAULT"],
+        ["int8_dynamic", "7,000,000", "7.5 MB", "yes"],
+        ["bfloat16", "9,000,000", "", "yes"],
+    ]
     assert main(["models", "--json"]) == 0
     reader, painter = json_lines(capsys.readouterr().out)
     assert (reader["service"], reader["default_decoding"]["beam_width"]) == ("ocr", 4)
@@ -333,7 +340,9 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"inkwell {inkwell.__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["read", "--help"], ["paint", "-h"], ["fleet", "-h"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["read", "--help"], ["paint", "-h"], ["fleet", "-h"], ["models", "load", "-h"]]
+)
 def test_help_tells_the_exit_codes(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     assert main(arguments) == 0
     out = " ".join(capsys.readouterr().out.split())

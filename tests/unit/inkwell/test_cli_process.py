@@ -82,8 +82,10 @@ class Terminal:
         lambda folder: ["read", *files(folder, "hold")],
         lambda folder: ["read", *files(folder, "say a", "hold")],
         lambda folder: ["paint", "hold", "-o", "cat.png"],
+        lambda folder: ["document", *files(folder, "hold\fb")],
+        lambda folder: ["models", "load", "hold"],
     ],
-    ids=["read one", "read many", "paint"],
+    ids=["read one", "read many", "paint", "document", "models load"],
 )
 def test_ctrl_c_cancels_the_call_at_the_server_and_ends_in_130(
     server: InkwellServer, tmp_path: Path, arguments: Callable[[Path], list[str]]
@@ -140,9 +142,11 @@ def test_text_grows_on_a_terminal_and_the_result_stays(server: InkwellServer, tm
 
 def test_progress_stays_out_of_a_piped_stdout(server: InkwellServer, tmp_path: Path) -> None:
     env = environment(server, TERM="xterm-256color", COLORTERM="truecolor")
+    (document := tmp_path / "letter.pdf").write_bytes(b"x\fy")
     for arguments, result in (
         (["read", *files(tmp_path, "say a", "say b")], b"0.png\ta\n1.png\tb\n"),
         (["paint", "a cat", "-o", "cat.png"], b"cat.png\n"),
+        (["document", document.name], b"x\n\fy\n"),
     ):
         terminal = Terminal(arguments, tmp_path, env, stdout_too=False)
         assert terminal.process.stdout is not None
@@ -163,6 +167,28 @@ def test_a_terminal_shows_steps_and_draws_previews(server: InkwellServer, tmp_pa
     assert "\x1b[38;2;" in terminal.text
     assert terminal.text.rstrip().endswith("cat.png")
     assert not server.requests[0].preview.disabled
+
+
+def test_a_terminal_shows_how_far_a_document_is(server: InkwellServer, tmp_path: Path) -> None:
+    env = environment(server, TERM="xterm-256color")
+    terminal = Terminal(["document", *files(tmp_path, "hold\nb\fc\nd")], tmp_path, env)
+    terminal.wait_for("2/4 lines")
+    terminal.wait_for("page 1/2")
+    terminal.wait_for("2.0 s left")
+    terminal.wait_for("hold")  # a page is printed as soon as it is read
+    server.release.set()
+    assert terminal.end() == 0
+    assert "hold\r\nb\r\n" in terminal.text
+    assert "\r\nc\r\nd\r\n" in terminal.text
+    assert "4/4 lines" in terminal.text
+
+
+def test_a_terminal_shows_how_a_model_loads(server: InkwellServer, tmp_path: Path) -> None:
+    terminal = Terminal(["models", "load", "hold"], tmp_path, environment(server, TERM="xterm-256color"))
+    terminal.wait_for("reading weights")
+    server.release.set()
+    assert terminal.end() == 0
+    assert "hold is ready" in terminal.text
 
 
 @pytest.mark.parametrize(
@@ -196,6 +222,7 @@ PROGRAMS = {
     "read_stream": "list(client.read_stream(b'hold'))",
     "read_many": "list(client.read_many([b'say a', b'hold']))",
     "paint": "client.paint('hold')",
+    "read_document": "client.read_document(b'hold')",
 }
 
 

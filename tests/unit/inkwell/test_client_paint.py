@@ -129,8 +129,11 @@ def test_models_of_all_services_are_listed(client: inkwell.Client) -> None:
         name="pen", state=inkwell.ModelState.READY, hardware="cpu", runtime="torch", dtype="float32",
         parameter_count=7_000_000, is_default=True, max_new_token_limit=128,
         default_decoding=inkwell.Decoding(
-            beam_width=4, hypothesis_count=1, length_penalty=1.0, max_new_token_count=64
+            beam_width=4, hypothesis_count=1, length_penalty=1.0, max_new_token_count=64, no_repeat_ngram_size=0,
+            early_stopping=inkwell.EarlyStopping.NEVER,
         ),
+        precision=inkwell.Precision.INT8_DYNAMIC, weight_bytes=7_500_000, languages=("en", "de"),
+        confidence_calibrated=True, embedding_width=192,
     )  # fmt: skip
     assert isinstance(painter, inkwell.DiffusionModel)
     assert (painter.state, painter.size_multiple) == (inkwell.ModelState.LOADING, 8)

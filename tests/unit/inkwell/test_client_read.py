@@ -6,13 +6,19 @@ from pathlib import Path
 import pytest
 
 import inkwell
+from inkwell.converters import read
+from inkwell.ocr.v1 import ocr_pb2
 from tests.unit.inkwell.fake_server import TIMEOUT_S, InkwellServer
 
 
 def test_a_reading_has_everything_the_server_said(client: inkwell.Client) -> None:
     reading = client.read(b"say hi")
     assert reading.text == "hi"
-    assert reading.confidence == pytest.approx(0.9)
+    assert reading.confidence == pytest.approx(0.6)
+    assert reading.confidence_calibrated
+    assert reading.hypotheses[0].confidence == pytest.approx(0.9)
+    assert not reading.blank
+    assert not reading.repetition_suspected
     assert reading.log_probability == -0.5
     assert [token.text for token in reading.tokens] == ["h", "i"]
     assert reading.tokens[1] == inkwell.Token(id=1, text="i", log_probability=-0.25, confidence=0.75)
@@ -42,14 +48,18 @@ def test_a_missing_file_is_an_oserror(client: inkwell.Client, tmp_path: Path) ->
 
 def test_only_options_that_were_given_are_sent(client: inkwell.Client, server: InkwellServer) -> None:
     client.read(b"say a")
-    client.read(b"say a", model="m", beam_width=0, hypothesis_count=2, length_penalty=-0.5, max_new_token_count=9)
+    client.read(
+        b"say a", model="m", languages="fr", beam_width=0, hypothesis_count=2, length_penalty=-0.5,
+        max_new_token_count=9, no_repeat_ngram_size=3, early_stopping=inkwell.EarlyStopping.NEVER,
+    )  # fmt: skip
     plain, full = server.requests
     assert plain.decoding.ListFields() == []
-    assert plain.model == ""
-    assert full.model == "m"
+    assert (plain.model, list(plain.language_hints)) == ("", [])
+    assert (full.model, list(full.language_hints)) == ("m", ["fr"])
     # 0 is sent as it is: the server decides what to say to it.
     assert {field.name: value for field, value in full.decoding.ListFields()} == {
         "beam_width": 0, "hypothesis_count": 2, "length_penalty": -0.5, "max_new_token_count": 9,
+        "no_repeat_ngram_size": 3, "early_stopping": ocr_pb2.EARLY_STOPPING_NEVER,
     }  # fmt: skip
 
 
@@ -63,6 +73,24 @@ def test_what_protobuf_cannot_carry_is_refused_by_name(
         client.read(b"say a", **{option: value})  # type: ignore[arg-type]
     assert raised.value.fields[0].field.endswith(option)
     assert not server.requests
+
+
+def test_what_makes_a_reading_doubtful_is_told(client: inkwell.Client) -> None:
+    assert client.read(b"say again and again and again").repetition_suspected
+    blank = client.read(b"blank")
+    assert (blank.blank, blank.text, blank.confidence_calibrated) == (True, "", False)
+
+
+def test_a_server_that_tells_no_confidence_of_the_line_gives_that_of_the_best_text() -> None:
+    message = ocr_pb2.Recognition(hypotheses=[ocr_pb2.Hypothesis(text="a", confidence=0.25)])
+    assert read.reading(message, inkwell.ServedBy()).confidence == 0.25
+    message.confidence_calibrated = True  # this one does, and it is 0
+    assert read.reading(message, inkwell.ServedBy()).confidence == 0
+
+
+def test_languages_may_come_from_an_iterator(client: inkwell.Client, server: InkwellServer) -> None:
+    list(client.read_many([b"say a", b"say b"], languages=iter(["fr", "de"])))
+    assert [list(each.language_hints) for each in server.requests[1:]] == [["fr", "de"], ["fr", "de"]]
 
 
 def test_events_come_in_order_and_end_with_the_result(client: inkwell.Client) -> None:

@@ -1,0 +1,127 @@
+"""The commands `inkwell fleet`, `inkwell models` and `inkwell schedulers`."""
+
+from typing import Annotated
+
+import typer
+
+from inkwell.aio import AsyncClient
+from inkwell.cli.options import (
+    DEFAULT_ADDRESS,
+    EXIT_CODES,
+    LIST_TIMEOUT_S,
+    LONG_TIMEOUT_S,
+    Address,
+    Hardware,
+    Json,
+    Quiet,
+    Timeout,
+    Wait,
+    call,
+)
+from inkwell.types import Precision
+
+models = typer.Typer(
+    help="List the models that can read or paint, or load and unload one that reads.",
+    epilog=EXIT_CODES,
+    invoke_without_command=True,
+    subcommand_metavar="[COMMAND]",
+)
+
+Name = Annotated[str, typer.Argument(help="Name from 'inkwell models'.", metavar="NAME")]
+
+
+def fleet(
+    address: Address = DEFAULT_ADDRESS,
+    service: Annotated[str, typer.Option("--service", help="Only pools of this service: ocr or diffusion.")] = "",
+    hardware: Annotated[str, typer.Option("--hardware", help="Only pools with this label.")] = "",
+    timeout: Timeout = LIST_TIMEOUT_S,
+    wait: Wait = None,
+    json: Json = False,
+) -> None:
+    """Show the pools behind a gateway: endpoints, their state and load."""
+    from inkwell.cli import listing
+
+    call(
+        lambda client: listing.fleet(client, service=service, hardware=hardware, as_json=json),
+        AsyncClient(address, timeout_s=timeout, wait_for_ready_s=wait),
+    )
+
+
+def schedulers(
+    address: Address = DEFAULT_ADDRESS,
+    hardware: Hardware = None,
+    timeout: Timeout = LIST_TIMEOUT_S,
+    wait: Wait = None,
+    json: Json = False,
+) -> None:
+    """List the schedulers that 'inkwell paint' knows by name."""
+    from inkwell.cli import listing
+
+    call(
+        lambda client: listing.schedulers(client, as_json=json),
+        AsyncClient(address, hardware=hardware, timeout_s=timeout, wait_for_ready_s=wait),
+    )
+
+
+@models.callback()
+def _list_models(
+    context: typer.Context,
+    address: Address = DEFAULT_ADDRESS,
+    hardware: Hardware = None,
+    timeout: Timeout = LIST_TIMEOUT_S,
+    wait: Wait = None,
+    json: Json = False,
+) -> None:
+    if context.invoked_subcommand is not None:
+        for name in context.params:
+            source = context.get_parameter_source(name)
+            if source is not None and source.name == "COMMANDLINE":  # it would be ignored
+                raise typer.BadParameter(f"give it after '{context.invoked_subcommand}'", param_hint=f"--{name}")
+        return
+    from inkwell.cli import listing
+
+    call(
+        lambda client: listing.models(client, as_json=json),
+        AsyncClient(address, hardware=hardware, timeout_s=timeout, wait_for_ready_s=wait),
+    )
+
+
+@models.command(epilog=EXIT_CODES)
+def load(
+    name: Name,
+    address: Address = DEFAULT_ADDRESS,
+    precision: Annotated[
+        Precision | None,
+        typer.Option("--precision", "-p", help="What its weights are computed with; else the server's setting."),
+    ] = None,
+    hardware: Hardware = None,
+    timeout: Timeout = LONG_TIMEOUT_S,
+    wait: Wait = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Load a model that reads, and wait until it serves; through a gateway, at the one endpoint that it chooses."""
+    from inkwell.cli import loading
+
+    call(
+        lambda client: loading.load(client, name, precision=precision, as_json=json, quiet=quiet),
+        AsyncClient(address, hardware=hardware, timeout_s=timeout, wait_for_ready_s=wait),
+    )
+
+
+@models.command(epilog=EXIT_CODES)
+def unload(
+    name: Name,
+    address: Address = DEFAULT_ADDRESS,
+    hardware: Hardware = None,
+    timeout: Timeout = LONG_TIMEOUT_S,
+    wait: Wait = None,
+    json: Json = False,
+) -> None:
+    """Free a model's memory once the calls that use it are done; the next call that names it loads it again."""
+    from inkwell.cli import loading
+
+    call(
+        lambda client: loading.unload(client, name, as_json=json),
+        AsyncClient(address, hardware=hardware, timeout_s=timeout, wait_for_ready_s=wait),
+    )
