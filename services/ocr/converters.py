@@ -1,20 +1,20 @@
 """Protobuf to domain and back; the only file of this service that knows both."""
 
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
 from google.rpc import status_pb2
 
 from inkwell.common.v1 import common_pb2
 from inkwell.ocr.v1 import ocr_pb2
-from services.kit.faults import FieldViolation, invalid_field, invalid_fields, not_found
+from services.kit.faults import FieldViolation, invalid_field, invalid_fields
 from services.ocr.domain import (
     BEAM_WIDTH_MOST,
     LENGTH_PENALTY_MOST,
     NO_REPEAT_NGRAM_MOST,
     Decoding,
     EarlyStopping,
-    EngineInfo,
     Hypothesis,
     ModelInfo,
     Partial,
@@ -23,7 +23,7 @@ from services.ocr.domain import (
 
 ITEM_ID_LENGTH_MOST = 128
 
-_EARLY_STOPPING: dict[int, EarlyStopping] = {
+_EARLY_STOPPING: dict[ocr_pb2.EarlyStopping.ValueType, EarlyStopping] = {
     ocr_pb2.EARLY_STOPPING_FIRST: "first",
     ocr_pb2.EARLY_STOPPING_HEURISTIC: "heuristic",
     ocr_pb2.EARLY_STOPPING_NEVER: "never",
@@ -40,14 +40,8 @@ class ReadRequest(Protocol):
     def model(self) -> str: ...
     @property
     def decoding(self) -> ocr_pb2.DecodingOptions: ...
-
-
-def model_of(request: ReadRequest, info: EngineInfo) -> ModelInfo:
-    """The model that a request names, the default one when it names none; raises Fault (NOT_FOUND)."""
-    model = info.find(request.model)
-    if model is None:
-        raise not_found("model", request.model, (m.name for m in info.models), field="model")
-    return model
+    @property
+    def language_hints(self) -> Sequence[str]: ...
 
 
 def decoding_of(options: ocr_pb2.DecodingOptions, model: ModelInfo) -> Decoding:
@@ -173,38 +167,13 @@ def item_error(item_id: str, status: status_pb2.Status) -> ocr_pb2.BatchRecogniz
     return ocr_pb2.BatchRecognizeResponse(id=item_id, error=status)
 
 
-def models(info: EngineInfo, *, ready: bool) -> ocr_pb2.ListModelsResponse:
-    """The loaded models with all their defaults; they load again while the engine is not ready."""
-    state = common_pb2.MODEL_STATE_READY if ready else common_pb2.MODEL_STATE_LOADING
-    return ocr_pb2.ListModelsResponse(
-        models=[
-            ocr_pb2.Model(
-                name=model.name,
-                state=state,
-                hardware=model.hardware,
-                runtime=model.runtime,
-                dtype=model.dtype,
-                parameter_count=model.parameter_count,
-                default_decoding=ocr_pb2.DecodingOptions(
-                    beam_width=model.default_decoding.beam_width,
-                    hypothesis_count=model.default_decoding.hypothesis_count,
-                    length_penalty=model.default_decoding.length_penalty,
-                    max_new_token_count=model.default_decoding.max_new_token_count,
-                    no_repeat_ngram_size=model.default_decoding.no_repeat_ngram_size,
-                    early_stopping=_EARLY_STOPPING_OUT[model.default_decoding.early_stopping],
-                ),
-                max_new_token_limit=model.max_new_token_limit,
-                is_default=model.is_default,
-            )
-            for model in info.models
-        ]
-    )
-
-
-def loading_models(names: list[str], default: str) -> ocr_pb2.ListModelsResponse:
-    """Models that are configured and not yet known any better."""
-    return ocr_pb2.ListModelsResponse(
-        models=[
-            ocr_pb2.Model(name=name, state=common_pb2.MODEL_STATE_LOADING, is_default=name == default) for name in names
-        ]
+def decoding_options(decoding: Decoding) -> ocr_pb2.DecodingOptions:
+    """Every option set."""
+    return ocr_pb2.DecodingOptions(
+        beam_width=decoding.beam_width,
+        hypothesis_count=decoding.hypothesis_count,
+        length_penalty=decoding.length_penalty,
+        max_new_token_count=decoding.max_new_token_count,
+        no_repeat_ngram_size=decoding.no_repeat_ngram_size,
+        early_stopping=_EARLY_STOPPING_OUT[decoding.early_stopping],
     )

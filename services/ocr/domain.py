@@ -118,11 +118,11 @@ class Recognition(msgspec.Struct, frozen=True):
     hypotheses: tuple[Hypothesis, ...]  # best first, at least one
     truncated: bool  # decoding stopped at max_new_token_count, the text may go on
     decoded_token_count: int  # tokens computed over all rows of the search
-    mean_batch_rows: float  # rows that shared its decoding steps, itself included, on average
-    confidence: float = 0.0  # of the best hypothesis, 0 to 1: calibrated if the model is, else its own confidence
-    confidence_calibrated: bool = False
-    repetition_suspected: bool = False  # the best text goes round in circles
-    blank: bool = False  # the image holds no writing, nothing was decoded
+    mean_batch_rows: float  # rows that shared its decoding steps, itself included, on average; 0 when blank
+    confidence: float  # of the best hypothesis, 0 to 1: calibrated if the model is, else its own confidence
+    confidence_calibrated: bool
+    repetition_suspected: bool  # the best text goes round in circles
+    blank: bool  # the image holds no writing, nothing was decoded
 
 
 class Embedding(msgspec.Struct, frozen=True):
@@ -156,6 +156,10 @@ class Loading(msgspec.Struct, frozen=True):
 
     stage: Literal["waiting", "reading_weights", "warming"]
     evicted_models: tuple[str, ...] = ()  # unloaded to make room
+
+
+# Where a model stands, in the words of the contract's ModelState.
+ModelState = Literal["loading", "ready", "unloaded"]
 
 
 class ModelInfo(msgspec.Struct, frozen=True):

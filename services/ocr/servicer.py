@@ -2,7 +2,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import msgspec
 import structlog
 from prometheus_client import Counter, Histogram
 
+from inkwell.common.v1 import common_pb2
 from inkwell.ocr.v1 import ocr_pb2, ocr_pb2_grpc
 from services.kit import errors, faults
 from services.kit.admission import Priority
@@ -20,15 +22,19 @@ from services.kit.engine_host import EngineHost, engine_not_ready
 from services.kit.faults import Fault
 from services.kit.job import HostEvent, Job, Queued
 from services.kit.metrics import Metrics
-from services.ocr import converters, images
+from services.ocr import converters, images, model_converters
 from services.ocr.documents.service import Caller as DocumentCaller
 from services.ocr.documents.service import Documents
-from services.ocr.domain import EngineInfo, ModelInfo, Partial, ReadJob, Recognition
+from services.ocr.domain import Embedding, Line, ModelInfo, Partial, ReadJob, Recognition
+from services.ocr.models import Models
 from services.ocr.settings import Settings
 
 log = structlog.get_logger(__name__)
 
 _BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+# The requests that a model answers.
+ModelRequest = converters.ReadRequest | ocr_pb2.ReadDocumentRequest | ocr_pb2.EmbedRequest
 
 
 class OcrMetrics:
@@ -61,6 +67,7 @@ class OcrServicer(ocr_pb2_grpc.OcrServiceServicer):
     def __init__(self, host: EngineHost, settings: Settings, metrics: Metrics) -> None:
         self._host = host
         self._settings = settings
+        self._models = Models(host, settings)
         self._metrics = OcrMetrics(metrics)
         self._limits = images.Limits(settings.max_image_bytes, settings.max_image_pixels, settings.min_image_side)
         # Bounded, so that a flood of large images cannot take every core from the engine.
@@ -124,8 +131,7 @@ class OcrServicer(ocr_pb2_grpc.OcrServiceServicer):
             await context.send_initial_metadata(())
 
         caller = DocumentCaller(priority_of(context), lambda: time_left(context), admit)
-        model = converters.model_of(request, self._engine_info())
-        label_call(model=model.name, hardware=model.hardware)
+        model = await self._model_of(request)
         decoding = converters.decoding_of(request.decoding, model)
         # Closed here, so that everything of the document has ended when the call has.
         async with contextlib.aclosing(self._documents.read(request, model, decoding, caller)) as responses:
@@ -135,9 +141,72 @@ class OcrServicer(ocr_pb2_grpc.OcrServiceServicer):
     async def ListModels(
         self, request: ocr_pb2.ListModelsRequest, context: grpc.aio.ServicerContext
     ) -> ocr_pb2.ListModelsResponse:
-        if self._host.info is None:
-            return converters.loading_models(list(self._settings.models), self._settings.default_model_name)
-        return converters.models(self._engine_info(), ready=self._host.ready)
+        return model_converters.models(await self._models.listed())
+
+    async def LoadModel(
+        self, request: ocr_pb2.LoadModelRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[ocr_pb2.LoadModelResponse]:
+        began = time.monotonic()
+        precision = model_converters.precision_of(request)
+        name = await self._models.known(request.name, field="name")
+        label_call(model=name, hardware="")
+        sequence = 0
+        async with contextlib.aclosing(self._models.load(name, precision)) as course:
+            async for event in course:
+                if not sequence:
+                    await context.send_initial_metadata(())
+                if isinstance(event, ModelInfo):
+                    elapsed_ms = (time.monotonic() - began) * 1000
+                    response = model_converters.load_result(event, elapsed_ms=elapsed_ms)
+                else:
+                    response = model_converters.load_progress(event)
+                sequence += 1
+                response.sequence = sequence
+                yield response
+
+    async def UnloadModel(
+        self, request: ocr_pb2.UnloadModelRequest, context: grpc.aio.ServicerContext
+    ) -> ocr_pb2.UnloadModelResponse:
+        name = await self._models.known(request.name, field="name")
+        label_call(model=name, hardware="")
+        return ocr_pb2.UnloadModelResponse(model=model_converters.model(await self._models.unload(name)))
+
+    async def Embed(self, request: ocr_pb2.EmbedRequest, context: grpc.aio.ServicerContext) -> ocr_pb2.EmbedResponse:
+        priority = priority_of(context)
+        model_converters.check_embed(request, self._settings)
+        for index, image in enumerate(request.images):
+            images.check_size(image.content, self._limits, f"images[{index}].content")
+        model = await self._model_of(request)
+        wanted = model_converters.embed_job(request, model, self._settings)
+        # Encoding an image is some half of reading it greedily.
+        cost = 0.5 * len(request.images)
+        async with self._host.admit(priority=priority, time_left_s=time_left(context), cost=cost) as job:
+            job.start(msgspec.structs.replace(wanted, lines=await self._lines(request.images)))
+            async for event in job:
+                if isinstance(event, Finished):
+                    made = msgspec.msgpack.decode(event.payload, type=Embedding)
+                    return model_converters.embedding(made, model, queue_ms=job.queue_ms, engine_ms=job.engine_ms)
+        raise faults.internal("the engine ended a call without a result")
+
+    async def _lines(self, encoded: Sequence[common_pb2.Image]) -> tuple[Line, ...]:
+        """Decode the images of one call, one after another, so that it takes one thread; all count as one image."""
+        loop = asyncio.get_running_loop()
+        lines: list[Line] = []
+        pixels = 0
+        for index, image in enumerate(encoded):
+            field = f"images[{index}].content"
+            line = await loop.run_in_executor(self._decoders, images.decode, image.content, self._limits, field)
+            pixels += line.width * line.height
+            if pixels > self._limits.max_pixels:
+                raise faults.too_large(
+                    "images",
+                    "IMAGE_TOO_MANY_PIXELS",
+                    f"the first {index + 1} images have {pixels} pixels together, more than the limit of"
+                    f" {self._limits.max_pixels} a call; send fewer or scale them down",
+                    limit_pixels=self._limits.max_pixels,
+                )
+            lines.append(line)
+        return tuple(lines)
 
     # --- one line ---
 
@@ -153,12 +222,10 @@ class OcrServicer(ocr_pb2_grpc.OcrServiceServicer):
         self, request: converters.ReadRequest, caller: _Caller, *, partials: bool
     ) -> AsyncIterator[tuple[ModelInfo, Job]]:
         """Validate, take a place in the queue, decode the image, and start; leaving early cancels the job."""
-        info = self._engine_info()
-        model = converters.model_of(request, info)
-        label_call(model=model.name, hardware=model.hardware)
-        decoding = converters.decoding_of(request.decoding, model)
         content = request.image.content
         images.check_size(content, self._limits)
+        model = await self._model_of(request)
+        decoding = converters.decoding_of(request.decoding, model)
         job = self._host.admit(
             priority=caller.priority, time_left_s=time_left(caller.context), cost=float(decoding.beam_width)
         )
@@ -188,10 +255,12 @@ class OcrServicer(ocr_pb2_grpc.OcrServiceServicer):
         self._metrics.tokens.labels(model.name).inc(read.decoded_token_count)
         self._metrics.batch_size.labels(model.name).observe(read.mean_batch_rows)
 
-    def _engine_info(self) -> EngineInfo:
-        if self._host.info is None:
-            raise engine_not_ready()
-        return msgspec.msgpack.decode(self._host.info, type=EngineInfo)
+    async def _model_of(self, request: ModelRequest) -> ModelInfo:
+        """The model that a request means, loaded first if it is not; raises Fault."""
+        hints = () if isinstance(request, ocr_pb2.EmbedRequest) else request.language_hints
+        model = await self._models.chosen(request.model, hints)
+        label_call(model=model.name, hardware=model.hardware)
+        return model
 
     # --- many lines ---
 

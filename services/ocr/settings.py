@@ -74,6 +74,17 @@ class Settings(ServiceSettings):
         description="aim for the length of one encoder step in ms: on slow hardware fewer images are encoded together,"
         " so that rows under way and cancellations do not wait",
     )
+    encoder_wait_ms: float = Field(
+        0.0,
+        ge=0,
+        le=1000,
+        description="how long an image waits for others to be encoded with while there are fewer than"
+        " encoder_batch_size, ms; the lines being decoded go on meanwhile. Worth something only on hardware that"
+        " encodes several images in about the time of one",
+    )
+    detect_blank: bool = Field(
+        True, description="answer images without writing with an empty text instead of letting the model make one up"
+    )
     default_max_new_token_count: int = Field(
         128, ge=1, description="tokens to decode at most where neither the call nor the model's own files say"
     )
@@ -128,6 +139,12 @@ class Settings(ServiceSettings):
                 if not is_tag(tag):
                     raise ValueError(f"languages: {tag!r} of {name} is not a BCP 47 language tag, such as fr or uk-UA")
         return self
+
+    @property
+    def names_at_start(self) -> list[str]:
+        """The models loaded before the service is ready, the default one first: later ones may find no room."""
+        names = list(self.models) if self.load_at_start is None else self.load_at_start
+        return sorted(dict.fromkeys(names), key=lambda name: name != self.default_model_name)
 
     @property
     def default_model_name(self) -> str:

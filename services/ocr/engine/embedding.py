@@ -10,7 +10,7 @@ from torch import Tensor
 
 from services.kit import faults
 from services.kit.engine_api import Accepted, Failed, Finished, JobEvent, Raw
-from services.ocr.domain import EmbedJob, Embedding
+from services.ocr.domain import Embedding, EmbedJob
 from services.ocr.engine.model import ReadingModel
 
 _encoder = msgspec.msgpack.Encoder()

@@ -88,25 +88,19 @@ def create_engine(settings_json: str) -> OcrEngine:
     device = hardware.device if settings.device == "auto" else settings.device
     limit = settings.memory_limit_bytes or int(MEMORY_SHARE * free_memory(device))
     shelf = Shelf(settings, hardware, limit)
-    shelf.load_at_start(_names_at_start(settings))
-    return OcrEngine(shelf, _pages(settings, threads))
-
-
-def _names_at_start(settings: Settings) -> list[str]:
-    """The default model first, because those that come later may find no room."""
-    wanted = list(settings.models) if settings.load_at_start is None else settings.load_at_start
     known = catalog.known_models(settings)
-    for name in wanted:
+    for name in settings.names_at_start:
         if name not in known:
             raise CheckpointError(f"load_at_start: there is no model {name!r}; here are: {', '.join(known)}")
-    return sorted(dict.fromkeys(wanted), key=lambda name: name != settings.default_model_name)
+    shelf.load_at_start(settings.names_at_start)
+    return OcrEngine(shelf, _pages(settings, threads))
 
 
 def _pages(settings: Settings, threads: int) -> Pages:
     if not settings.read_documents:
         return Pages(None, "the setting read_documents is false")
     try:
-        return Pages(Detector.load(threads))
+        return Pages(Detector.load(threads), max_lines=settings.max_page_lines)
     except DetectorMissing as error:
         # Lines are read without it.
         print(f"documents will not be read: {error}", file=sys.stderr)

@@ -8,7 +8,7 @@ from services.kit import faults
 from services.kit.engine_api import Accepted, Failed, Finished, JobEvent, Raw
 from services.kit.faults import Fault
 from services.ocr.domain import LayoutJob
-from services.ocr.engine.layout import Detector, find_lines
+from services.ocr.engine.layout import MAX_LINES, Detector, find_lines
 
 _encoder = msgspec.msgpack.Encoder()
 
@@ -16,8 +16,9 @@ _encoder = msgspec.msgpack.Encoder()
 class Pages:
     """The pages that wait for it. `detector` is None where documents are not read; `why_not` says why then."""
 
-    def __init__(self, detector: Detector | None, why_not: str = "") -> None:
+    def __init__(self, detector: Detector | None, why_not: str = "", *, max_lines: int = MAX_LINES) -> None:
         self._detector = detector
+        self._max_lines = max_lines
         self._why_not = why_not
         self._waiting: deque[tuple[str, LayoutJob]] = deque()
         self._accepted: set[str] = set()
@@ -52,7 +53,7 @@ class Pages:
         self._waiting.popleft()
         self._accepted.remove(job_id)
         try:
-            layout = find_lines(job.page, self._detector, rotation=job.rotation)
+            layout = find_lines(job.page, self._detector, rotation=job.rotation, max_lines=self._max_lines)
         except Fault as fault:
             return [Failed(job_id, fault.data)]
         return [Finished(job_id, Raw(_encoder.encode(layout)))]

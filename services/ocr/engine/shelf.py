@@ -23,7 +23,7 @@ import msgspec
 import torch
 
 from services.kit import faults
-from services.kit.engine_api import Accepted, Cancelled, Described, EngineEvent, Failed, Finished, Raw, Update
+from services.kit.engine_api import Accepted, Described, EngineEvent, Failed, Finished, Raw, Update
 from services.kit.faults import Fault
 from services.ocr import catalog
 from services.ocr.domain import EmbedJob, EngineInfo, Loading, LoadJob, ModelInfo, Precision, ReadJob, UnloadJob
@@ -299,7 +299,7 @@ class Shelf:
             self._tell(job_id, stage)
 
     def _make_room(self, load: _Load, checked: _Checked) -> bool:
-        """Let models leave until the load fits; False while some of them still have jobs. Raises Fault if it never can."""
+        """Let models leave until the load fits; False while some still have jobs. Raises Fault if it never fits."""
         if checked.needed_bytes > self._limit:
             raise faults.too_large(
                 "name",
@@ -443,6 +443,8 @@ class Shelf:
                 max_rows=settings.max_rows,
                 encoder_batch_size=settings.encoder_batch_size,
                 encoder_step_s=step_s,
+                encoder_wait_s=settings.encoder_wait_ms / 1000,
+                detect_blank=settings.detect_blank,
             ),
             Embedder(reading, batch_size=settings.encoder_batch_size, step_s=step_s),
         )

@@ -10,13 +10,12 @@ from hypothesis import strategies as st
 from inkwell.common.v1 import common_pb2
 from inkwell.ocr.v1 import ocr_pb2
 from services.kit.faults import Fault, Kind
-from services.ocr import converters
-from services.ocr.domain import Decoding, EngineInfo, Hypothesis, ModelInfo, Recognition, Token
+from services.ocr import converters, model_converters
+from services.ocr.domain import Decoding, Hypothesis, ModelInfo, Recognition, Token
 
 USUAL = Decoding(4, 2, 1.5, 60, 3, "never")
 MODEL = ModelInfo("small", "cpu", "torch", "float32", 1000, USUAL, 96, is_default=True)
 OTHER = ModelInfo("large", "cuda", "torch", "bfloat16", 9000, Decoding(1, 1, 1.0, 20), 512, is_default=False)
-INFO = EngineInfo((MODEL, OTHER))
 
 
 def test_unset_options_take_the_models_defaults() -> None:
@@ -25,18 +24,6 @@ def test_unset_options_take_the_models_defaults() -> None:
 
 def test_a_default_count_gives_way_to_the_callers_width() -> None:
     assert converters.decoding_of(ocr_pb2.DecodingOptions(beam_width=1), MODEL).hypothesis_count == 1
-
-
-def test_an_empty_name_is_the_default_model() -> None:
-    assert converters.model_of(ocr_pb2.RecognizeRequest(), INFO) is MODEL
-    assert converters.model_of(ocr_pb2.RecognizeRequest(model="large"), INFO) is OTHER
-
-
-def test_a_long_unknown_name_is_not_repeated_whole() -> None:
-    with pytest.raises(Fault) as caught:
-        converters.model_of(ocr_pb2.RecognizeRequest(model="x" * 100_000), INFO)
-    assert caught.value.data.kind is Kind.NOT_FOUND
-    assert len(caught.value.data.message) < 300
 
 
 numbers = st.none() | st.integers(-(2**31), 2**31 - 1) | st.integers(-2, 20)
@@ -95,7 +82,7 @@ def test_options_are_taken_as_they_are_or_named(
 
 
 def test_what_the_model_list_shows_asks_for_the_models_own_default() -> None:
-    listed = {m.name: m.default_decoding for m in converters.models(INFO, ready=True).models}
+    listed = {model.name: model_converters.loaded(model).default_decoding for model in (MODEL, OTHER)}
     assert converters.decoding_of(listed["small"], MODEL) == MODEL.default_decoding
     assert converters.decoding_of(listed["large"], OTHER) == OTHER.default_decoding
     assert listed["small"].early_stopping == ocr_pb2.EARLY_STOPPING_NEVER
