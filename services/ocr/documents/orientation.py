@@ -12,7 +12,7 @@ from services.ocr.domain import Layout, LayoutLine, Recognition
 PROBE_COUNT = 3
 SURE = 0.8
 # Turned pages are rarer than bad handwriting: reading turned has to be better by so much.
-MARGIN = 0.05
+MARGIN = 0.1
 
 
 def probes(layout: Layout) -> list[int]:
