@@ -253,7 +253,8 @@ class OcrServicer(ocr_pb2_grpc.OcrServiceServicer):
 
     def _count_reading(self, read: Recognition, model: ModelInfo) -> None:
         self._metrics.tokens.labels(model.name).inc(read.decoded_token_count)
-        self._metrics.batch_size.labels(model.name).observe(read.mean_batch_rows)
+        if not read.blank:
+            self._metrics.batch_size.labels(model.name).observe(read.mean_batch_rows)
 
     async def _model_of(self, request: ModelRequest) -> ModelInfo:
         """The model that a request means, loaded first if it is not; raises Fault."""

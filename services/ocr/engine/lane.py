@@ -3,6 +3,7 @@
 import math
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -13,11 +14,16 @@ from services.kit import faults
 from services.kit.engine_api import Accepted, Failed, Finished, JobEvent, Raw, Update
 from services.ocr.domain import Decoding, Hypothesis, Partial, ReadJob, Recognition, Token
 from services.ocr.engine import search
+from services.ocr.engine.blank import is_blank
 from services.ocr.engine.model import ReadingModel, Ruling
+from services.ocr.engine.repetition import goes_round
 from services.ocr.engine.search import Beam, Candidates, Search
 from services.runtimes.torch_trocr import Rows
 
 _encoder = msgspec.msgpack.Encoder()
+
+# The engine hears of new calls and cancellations between steps, so a step that waits must be short.
+_WAITING_STEP_S = 0.001
 
 _NO_TOKEN_LEFT = faults.failed_precondition(
     "NO_TOKEN_LEFT", "no_repeat_ngram_size and the model's generation config together rule every token out"
@@ -45,6 +51,7 @@ class _Reading:
 class _Waiting:
     job_id: str
     job: ReadJob
+    accepted_s: float = 0.0  # when it was accepted
 
     @property
     def decoding(self) -> Decoding:
@@ -56,13 +63,17 @@ class Lane:
     """Reads lines with one model. All methods are called on one thread.
 
     max_rows: decoder rows that share a step. encoder_batch_size: images encoded together at most, fewer if that would
-    take longer than about encoder_step_s seconds.
+    take longer than about encoder_step_s seconds. encoder_wait_s: how long an image waits for others to be encoded
+    with; the rows under way go on meanwhile. detect_blank: answer images without writing at once.
     """
 
     model: ReadingModel
     max_rows: int
     encoder_batch_size: int
     encoder_step_s: float
+    encoder_wait_s: float = 0.0
+    detect_blank: bool = True
+    clock: Callable[[], float] = time.perf_counter
     _waiting: deque[_Waiting] = field(default_factory=deque, init=False)
     _accepted: deque[_Waiting] = field(default_factory=deque, init=False)
     _readings: list[_Reading] = field(default_factory=list, init=False)
@@ -107,7 +118,11 @@ class Lane:
         if accepted:
             # Told before the work begins, so that the caller sees the start when it is one.
             return accepted
-        if self._accepted and (self._encoder_turn or not self._readings):
+        if self._awaits_company():
+            if not self._readings:
+                time.sleep(_WAITING_STEP_S)
+                return []
+        elif self._accepted and (self._encoder_turn or not self._readings):
             # Rows under way get every other step, so that a stream of newcomers does not hold them up.
             self._encoder_turn = False
             return self._encode()
@@ -121,19 +136,39 @@ class Lane:
         while self._waiting and reserved + self._waiting[0].decoding.beam_width <= self.max_rows:
             waiting = self._waiting.popleft()
             reserved += waiting.decoding.beam_width
+            waiting.accepted_s = self.clock()
             self._accepted.append(waiting)
             events.append(Accepted(waiting.job_id))
         return events
 
+    def _awaits_company(self) -> bool:
+        """Whether accepted images are to wait a little for others, which must then have room."""
+        if not self._accepted or self._waiting or len(self._accepted) >= self._encoder_most:
+            return False
+        return self.clock() - self._accepted[0].accepted_s < self.encoder_wait_s
+
+    @property
+    def _encoder_most(self) -> int:
+        if not self._image_s:
+            return self.encoder_batch_size
+        return max(1, min(self.encoder_batch_size, int(self.encoder_step_s / self._image_s)))
+
     def _encode(self) -> list[JobEvent]:
-        most = self.encoder_batch_size
-        if self._image_s:
-            most = max(1, min(most, int(self.encoder_step_s / self._image_s)))
-        lines = [self._accepted.popleft() for _ in range(min(most, len(self._accepted)))]
-        began = time.perf_counter()
+        lines = [self._accepted.popleft() for _ in range(min(self._encoder_most, len(self._accepted)))]
+        events: list[JobEvent] = []
+        if self.detect_blank:
+            taken_in, lines = lines, []
+            for line in taken_in:
+                if is_blank(line.job.line):
+                    events.append(Finished(line.job_id, Raw(_encoder.encode(_BLANK))))
+                else:
+                    lines.append(line)
+            if not lines:
+                return events
+        began = self.clock()
         first_image = self._rows.image_count
         rows = self._rows.join(self.model.networks.encode(self.model.prepare([line.job.line for line in lines])))
-        taken = (time.perf_counter() - began) / len(lines)
+        taken = (self.clock() - began) / len(lines)
         self._image_s = taken if not self._image_s else 0.8 * self._image_s + 0.2 * taken
         for offset, (line, row) in enumerate(zip(lines, rows, strict=True)):
             decoding = line.decoding
@@ -148,7 +183,7 @@ class Lane:
                     rows=[row],
                 )
             )
-        return []
+        return events
 
     def _decode(self) -> list[JobEvent]:
         tokens = [0] * self._rows.count
@@ -201,13 +236,19 @@ class Lane:
         decoding = reading.decoding
         results = reading.search.results()[: decoding.hypothesis_count]
         best = results[0][0]
+        hypotheses = tuple(self._hypothesis(beam, score) for beam, score in results)
+        confidence, calibration = hypotheses[0].confidence, self.model.calibration
         forced_end = self.model.generation.forced_eos_token_id is not None
         at_limit = len(best.ids) >= decoding.max_new_token_count
         return Recognition(
-            hypotheses=tuple(self._hypothesis(beam, score) for beam, score in results),
+            hypotheses=hypotheses,
             truncated=at_limit and (forced_end or best.ids[-1] not in self.model.eos_ids),
             decoded_token_count=reading.tokens_decoded,
             mean_batch_rows=reading.rows_seen / reading.steps,
+            confidence=calibration.expected(confidence, decoding.beam_width) if calibration else confidence,
+            confidence_calibrated=calibration is not None,
+            repetition_suspected=goes_round(hypotheses[0].text),
+            blank=False,
         )
 
     def _hypothesis(self, beam: Beam, score: float) -> Hypothesis:
@@ -220,6 +261,19 @@ class Lane:
             confidence=math.exp(total / len(beam.ids)),
             tokens=tuple(map(Token, beam.ids, pieces, beam.log_probabilities)),
         )
+
+
+# The reading of nothing: no token, so no probability but 1, and no calibration that could speak for it.
+_BLANK = Recognition(
+    hypotheses=(Hypothesis(text="", log_probability=0.0, score=0.0, confidence=1.0, tokens=()),),
+    truncated=False,
+    decoded_token_count=0,
+    mean_batch_rows=0.0,
+    confidence=1.0,
+    confidence_calibrated=False,
+    repetition_suspected=False,
+    blank=True,
+)
 
 
 class _Scores:

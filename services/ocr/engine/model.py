@@ -24,6 +24,8 @@ from services.ocr.domain import (
     ModelInfo,
     Precision,
 )
+from services.ocr.engine.calibration import Calibration, CalibrationError
+from services.ocr.engine.calibration import read as read_calibration
 from services.ocr.settings import Settings
 from services.runtimes import torch_trocr
 from services.runtimes.checkpoints import CheckpointError
@@ -44,13 +46,11 @@ class ReadingModel:
     generation: GenerationConfig
     processor: Any
     tokenizer: Any
+    calibration: Calibration | None
 
     def prepare(self, lines: Sequence[Line]) -> Tensor:
         """The model's own preprocessing; answers float [lines, channels, height, width]."""
-        mode = "L" if self.networks.channels == 1 else "RGB"
-        images = [Image.frombytes("RGB", (line.width, line.height), line.pixels).convert(mode) for line in lines]
-        pixels: Tensor = self.processor(images, return_tensors="pt")["pixel_values"]
-        return pixels
+        return preprocess(self.processor, self.networks.channels, lines)
 
     def text(self, ids: Sequence[int]) -> str:
         """What the tokenizer makes of the tokens, special ones skipped."""
@@ -115,7 +115,11 @@ def load(
         allow_pickled_weights=settings.allow_pickled_weights,
     )
     networks = torch_trocr.TrocrModel(model)
-    processor, tokenizer = _helpers(folder)
+    processor, tokenizer = load_helpers(folder)
+    try:
+        calibration = read_calibration(folder)
+    except CalibrationError as error:
+        raise CheckpointError(str(error)) from error
     generation = model.generation_config
     start_id = generation.decoder_start_token_id
     if start_id is None:
@@ -139,6 +143,7 @@ def load(
             weight_bytes=networks.weight_bytes,
             languages=catalog.languages_of(name, folder, settings),
             has_class_token=networks.has_class_token,
+            confidence_calibrated=calibration is not None,
         ),
         networks=networks,
         start_id=start_id,
@@ -146,6 +151,7 @@ def load(
         generation=generation,
         processor=processor,
         tokenizer=tokenizer,
+        calibration=calibration,
     )
     _check_fixed_size(loaded, folder)
     tokens, width = _state_shape(loaded, folder)
@@ -153,8 +159,16 @@ def load(
     return replace(loaded, info=info)
 
 
-def _helpers(folder: Path) -> tuple[Any, Any]:
-    """Image processor and tokenizer."""
+def preprocess(processor: Any, channels: int, lines: Sequence[Line]) -> Tensor:
+    """A folder's image processor on lines; answers float [lines, channels, height, width]."""
+    mode = "L" if channels == 1 else "RGB"
+    images = [Image.frombytes("RGB", (line.width, line.height), line.pixels).convert(mode) for line in lines]
+    pixels: Tensor = processor(images, return_tensors="pt")["pixel_values"]
+    return pixels
+
+
+def load_helpers(folder: Path) -> tuple[Any, Any]:
+    """A folder's image processor and tokenizer; raises CheckpointError."""
     try:
         processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     except Exception as error:  # a folder can be broken in any way, and the library raises whatever it met
