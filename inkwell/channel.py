@@ -17,7 +17,7 @@ DEFAULT_TIMEOUT_S = 300.0
 MIB = 1 << 20
 
 REQUEST_BYTES_MOST = (1 << 31) - 1
-"""The longest request: protobuf's own limit. Servers take less, 32 MiB unless set otherwise, and say so themselves."""
+"""The longest request: protobuf's own limit. Servers take less, 32 or 64 MiB unless set otherwise, and say so."""
 
 BATCH_REQUEST_BYTES_MOST = 32 * MIB
 """The longest request on a shared stream, where one that a server refuses would end the stream for all: what servers

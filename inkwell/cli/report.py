@@ -5,6 +5,7 @@ import enum
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -187,7 +188,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def _option(field: str) -> str:
-    return _OPTIONS.get(field.rsplit(".", 1)[-1], field)
+    name = re.sub(r"\[\d+\]$", "", field.rsplit(".", 1)[-1])  # an element of a list is its option's matter
+    return _OPTIONS.get(name, field)
 
 
 def _plain(value: Any) -> Any:

@@ -1,34 +1,56 @@
-"""The README keeps its word: its Python example runs as printed, against running services."""
+"""The README and the docs keep their word: Python examples run as printed, against running services."""
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
 from services import local
 
 README = local.ROOT / "README.md"
+ADDRESS = "localhost:50050"
 
 
-def python_blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+def examples() -> list[Any]:
+    """The Python blocks of all pages that call a gateway."""
+    blocks: list[Any] = []
+    for page in [README, *sorted((local.ROOT / "docs").rglob("*.md"))]:
+        found = re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+        wanted = [block for block in found if ADDRESS in block]
+        blocks += [pytest.param(block, id=f"{page.stem}-{number}") for number, block in enumerate(wanted)]
+    return blocks
 
 
-def test_there_is_an_example() -> None:
-    assert python_blocks()
+def test_the_readme_and_the_clients_page_have_examples() -> None:
+    names = [example.id for example in examples()]
+    assert "README-0" in names
+    assert "client-0" in names
 
 
-@pytest.mark.parametrize("block", python_blocks())
-def test_the_example_runs(
-    block: str, fleet: dict[str, local.Service], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sample = sorted(local.SAMPLES.glob("*.png"))[0]
-    (tmp_path / "line.png").write_bytes(sample.read_bytes())
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The files that the examples name: `line.png` with one line, `letter.pdf` with two pages of two."""
+    samples = sorted(local.SAMPLES.glob("*.png"))[:4]
+    (tmp_path / "line.png").write_bytes(samples[0].read_bytes())
+    pages = [Image.new("L", (800, 400), 255) for _ in range(2)]
+    for number, sample in enumerate(samples):
+        with Image.open(sample) as line:
+            pages[number // 2].paste(line.convert("L"), (60, 80 + 140 * (number % 2)))
+    pages[0].save(tmp_path / "letter.pdf", save_all=True, append_images=pages[1:], resolution=100)
     monkeypatch.chdir(tmp_path)
-    assert "localhost:50050" in block
-    exec(compile(block.replace("localhost:50050", fleet["gateway"].address), str(README), "exec"), {})  # noqa: S102
-    written = [path for path in tmp_path.iterdir() if path.name != "line.png"]
-    assert written, "the example saves a picture"
+    return tmp_path
+
+
+@pytest.mark.parametrize("block", examples())
+def test_examples_run(
+    block: str, fleet: dict[str, local.Service], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exec(compile(block.replace(ADDRESS, fleet["gateway"].address), "<example>", "exec"), {})  # noqa: S102
+    saved = re.findall(r"\.save\(\"(.+?)\"\)", block)
+    assert all((folder / name).stat().st_size for name in saved)
+    assert capsys.readouterr().out.strip(), "an example shows something"
 
 
 def test_every_link_leads_somewhere() -> None:

@@ -14,6 +14,7 @@ from inkwell.ocr.v1 import ocr_pb2, ocr_pb2_grpc
 from services.kit import faults
 
 Response = ocr_pb2.ReadDocumentResponse
+KNOWN = ("pen", "hold")
 WIDTH = 4
 TOKENS = 3
 
@@ -141,9 +142,8 @@ class DocumentServicer(ocr_pb2_grpc.OcrServiceServicer):
         return ocr_pb2.UnloadModelResponse(model=model)
 
     def _know(self, name: str, context: Any) -> None:
-        known = ("pen", "hold")
-        if name not in known:
-            self._server.refuse(context, faults.not_found("model", name, known, field="name"))
+        if name not in KNOWN:
+            self._server.refuse(context, faults.not_found("model", name, KNOWN, field="name"))
 
 
 def pen() -> ocr_pb2.Model:

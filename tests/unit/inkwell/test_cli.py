@@ -1,6 +1,9 @@
 """The `inkwell` command: what it prints, writes and ends with."""
 
+import glob
 import io
+import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -357,6 +360,7 @@ def test_help_tells_the_exit_codes(capsys: pytest.CaptureFixture[str], arguments
     ("fault", "code", "says"),
     [
         (faults.invalid_field("decoding.beam_width", "99 is not within 1 to 16"), 2, "Correct --beam-width."),
+        (faults.invalid_field("language_hints[0]", "'x y' is no tag"), 2, "Correct --language."),
         (faults.not_found("model", "x", ["pen"], field="model"), 3, "`inkwell models`"),
         (faults.unavailable("LOADING", "the model loads", retry_after_ms=10), 4, "Try again in 0.01 s"),
         (faults.overloaded("QUEUE_FULL", "256 wait", retry_after_ms=1500), 5, "Try again in 1.5 s"),
@@ -396,3 +400,22 @@ def test_a_timeout_ends_in_6(capsys: pytest.CaptureFixture[str]) -> None:
 def test_hardware_that_no_header_can_carry_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["read", line_file("a.png", "say a"), "--hardware", "cüda"]) == 2
     assert "Correct --hardware." in capsys.readouterr().err
+
+
+# --- docs ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_command_in_its_page_works(server: InkwellServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "cli.md").read_text()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"say piped")))
+    for name in ("line.png", "letter.pdf", "scan.tiff", "photo.jpg"):
+        line_file(name, "say a" if name == "line.png" else "a\fb\fc\fd\fe\ff\fg")
+    Path("out").mkdir()
+    monkeypatch.setattr("tests.unit.inkwell.fake_documents.KNOWN", ("handwriting-tiny",))
+    ran = 0
+    for line in re.findall(r"^    (?:cat \S+ \| )?inkwell (.*)$", page, flags=re.MULTILINE):
+        words = shlex.split(re.split(r" [|>] ", line)[0], comments=True)
+        files = [name for word in words for name in (sorted(glob.glob(word)) if "*" in word else [word])]
+        assert main(files) == 0, line
+        ran += 1
+    assert ran >= 20
