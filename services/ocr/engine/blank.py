@@ -117,7 +117,7 @@ def _least(plane: Plane, reach: int) -> Plane:
         covered, wanted = 1, 2 * reach + 1
         while covered < wanted:
             step = min(covered, wanted - covered)
-            plane = np.minimum(*_shifted(plane, axis, step + 1)[:: step or 1])
+            plane = np.minimum(*_shifted(plane, axis, step + 1)[::step])
             covered += step
     return plane
 
