@@ -1,7 +1,8 @@
 """`python -m services.ocr.evaluate DIR`: character and word error rates over a folder of labelled lines.
 
 DIR holds labels.tsv, tab-separated without quoting, with a header that names the columns `file` (relative to DIR) and
-`text`; of other columns only `writer` is read, and only by fine-tuning. The images go through the same decoding and the same engine as calls do.
+`text`; of other columns only `writer` is read, and only by fine-tuning. The images go through the same decoding and the
+same engine as calls do.
 """
 
 import csv
@@ -107,6 +108,13 @@ def read_labels(folder: Path, limits: images.Limits) -> list[Label]:
     if problems:
         raise BadFolder(problems)
     return labels
+
+
+def evenly(labels: Sequence[Label], count: int) -> list[Label]:
+    """At most so many labels, evenly taken from all: neighbours are often of one writer."""
+    if len(labels) <= count:
+        return list(labels)
+    return [labels[number * len(labels) // count] for number in range(count)]
 
 
 def _problem(label: Label, columns: int, wanted: int, limits: images.Limits) -> str | None:

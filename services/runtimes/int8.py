@@ -118,6 +118,7 @@ def replace_layers(
             product = OneDnnProduct(weight) if onednn else MatrixProduct(weight)
             fresh = IntegerLinear(product, layer.bias, dtype, input_range)
         fresh.weight_count = 0 if id(weight) in counted else weight.values.numel()
+        fresh.weight_count += 0 if fresh.bias is None else fresh.bias.numel()
         counted.add(id(weight))
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, fresh)
@@ -129,7 +130,7 @@ class Int8Layer(nn.Module):
     # Empty: for those who ask a layer's weight for its device and type, as the library does.
     weight: Tensor
     bias: Tensor | None
-    weight_count: int  # 8-bit weights in it, 0 if they are another layer's too and counted there
+    weight_count: int  # weights in it, without those that are another layer's too and counted there
     packed_bytes: int = 0  # memory of weights that no buffer shows, because oneDNN has laid them out its own way
 
     def __init__(self, bias: Tensor | None, dtype: torch.dtype) -> None:

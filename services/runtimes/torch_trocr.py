@@ -6,7 +6,8 @@ alone, up to the last bits of floating point.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import TrOCRForCausalLM, VisionEncoderDecoderModel
 
+from services.runtimes import int8_folder
 from services.runtimes.checkpoints import CheckpointError, read_config, require_weights
 from services.runtimes.hardware import Hardware
-from services.runtimes.precision import Precision, apply_precision
+from services.runtimes.precision import Precision, apply_precision, parameter_count, refusal, weight_bytes
 from services.runtimes.torch_speed import can_pack, pack_linears
 
 _FIRST_LENGTH = 64
@@ -33,9 +35,8 @@ def choose_precision(name: Precision | Literal["auto"], hardware: Hardware) -> P
         return name
     if hardware.label == "cpu":
         return "float32"
-    if hardware.label in ("cuda", "rocm") and not torch.cuda.is_bf16_supported():
-        return "float16"
-    return "bfloat16"
+    types: tuple[Precision, ...] = ("bfloat16", "float16", "float32")
+    return next(precision for precision in types if not refusal(precision, hardware))
 
 
 def load(
@@ -53,15 +54,18 @@ def load(
     config = read_config(folder)
     require_weights(folder, allow_pickled_weights=allow_pickled_weights)
     try:
-        model, report = VisionEncoderDecoderModel.from_pretrained(
-            folder,
-            use_safetensors=None if allow_pickled_weights else True,
-            trust_remote_code=False,
-            # Another type would be the default of every thread while the library builds the model.
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-    except (MemoryError, torch.OutOfMemoryError):
+        # Another type than float32 would be the default of every thread while the library builds the model.
+        if int8_folder.is_int8(config):
+            model, report = int8_folder.load(folder)
+        else:
+            model, report = VisionEncoderDecoderModel.from_pretrained(
+                folder,
+                use_safetensors=None if allow_pickled_weights else True,
+                trust_remote_code=False,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+    except (MemoryError, torch.OutOfMemoryError, CheckpointError):
         raise
     except Exception as error:  # a folder can be broken in any way, and the library raises whatever it met
         raise CheckpointError(f"{folder}: cannot be loaded: {type(error).__name__}: {error}") from error
@@ -78,23 +82,10 @@ def load(
             f"{folder}: {len(report['mismatched_keys'])} weights have another shape than config.json says, first"
             f" {min(report['mismatched_keys'])}"
         )
+    if device.partition(":")[0] != hardware.device.partition(":")[0]:
+        # The settings name a device that is not the best one here.
+        hardware = replace(hardware, label=device.partition(":")[0], device=device)
     return apply_precision(model.eval(), precision, hardware).to(device)
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Memory that the weights take, bytes; what is shared is counted once."""
-    seen: dict[int, int] = {}
-
-    def count(value: Any) -> None:
-        if isinstance(value, Tensor):
-            seen[value.data_ptr()] = value.numel() * value.element_size()
-        elif isinstance(value, Iterable) and not isinstance(value, str):
-            for part in value:  # quantized layers pack weight and bias together
-                count(part)
-
-    for value in model.state_dict().values():
-        count(value)
-    return sum(seen.values())
 
 
 class TrocrModel:
@@ -115,7 +106,7 @@ class TrocrModel:
         # The weights are counted and asked for their device and type before they are packed.
         self.device = model.decoder.output_projection.weight.device
         self.dtype = model.decoder.output_projection.weight.dtype
-        self.parameter_count = sum(parameter.numel() for parameter in model.parameters())
+        self.parameter_count = parameter_count(model)
         self.weight_bytes = weight_bytes(model)
         if can_pack(self.device):
             # After apply_precision: what that has quantized stays.

@@ -31,6 +31,9 @@ from services.runtimes import torch_trocr
 from services.runtimes.checkpoints import CheckpointError
 from services.runtimes.hardware import Hardware
 
+# Tokens that transformers before 5 decoded at most when nobody said.
+_OLD_LIBRARY_LENGTH = 20
+
 # Scores [rows, vocabulary] of rows that all hold the same number of tokens [rows, tokens] -> scores to rank by.
 Ruling = Callable[[Tensor, Tensor], Tensor]
 
@@ -200,7 +203,9 @@ def _default_decoding(generation: GenerationConfig, usual_length: int, limit: in
     width = min(max(generation.num_beams or 1, 1), BEAM_WIDTH_MOST)
     penalty = 1.0 if generation.length_penalty is None else float(generation.length_penalty)
     length = generation.max_new_tokens
-    if length is None and generation.max_length is not None:
+    # config.json of older folders repeats the library's default of its time, which cuts lines and which nobody chose.
+    repeated = generation._from_model_config and generation.max_length == _OLD_LIBRARY_LENGTH
+    if length is None and generation.max_length is not None and not repeated:
         length = generation.max_length - 1  # the start token counts there
     # What the library calls True, False and "never".
     early_stopping: EarlyStopping = "first" if generation.early_stopping is True else "heuristic"

@@ -32,7 +32,7 @@ from services.ocr.engine.embedding import Embedder
 from services.ocr.engine.lane import Lane
 from services.ocr.engine.warming import warm
 from services.ocr.settings import Settings
-from services.runtimes import checkpoints, torch_trocr
+from services.runtimes import checkpoints, int8_folder, torch_trocr
 from services.runtimes.checkpoints import CheckpointError, CheckpointMissingError
 from services.runtimes.hardware import Hardware
 
@@ -133,7 +133,7 @@ class Shelf:
         Those after the first that do not fit beside the ones before are left for the first call that names them.
         """
         for name in names:
-            precision = self._precision(None)
+            precision = self._precision(name, None)
             checked = self._check(_Load(name, precision))
             held = sum(desk.info.weight_bytes for desk in self.desks.values())
             if checked.needed_bytes > self._limit:
@@ -161,14 +161,14 @@ class Shelf:
             raise self._unknown(job.model)
         self._parked.setdefault(job.model, {})[job_id] = job
         if not any(load.name == job.model for load in self._loads):
-            self._loads.append(_Load(job.model, self._precision(None)))
+            self._loads.append(_Load(job.model, self._precision(job.model, None)))
         self.advance()
 
     def load(self, job_id: str, job: LoadJob) -> None:
         """Load a known model unless it is loaded with that precision; raises Fault for a name that is not known."""
         if job.model not in catalog.known_models(self._settings):
             raise self._unknown(job.model)
-        precision = self._precision(job.precision)
+        precision = self._precision(job.model, job.precision)
         self._events.append(Accepted(job_id))
         desk = self.desks.get(job.model)
         if desk is not None and not desk.closing and desk.info.precision == precision:
@@ -398,8 +398,12 @@ class Shelf:
     def _tell(self, job_id: str, stage: Loading) -> None:
         self._events.append(Update(job_id, Raw(_encoder.encode(stage))))
 
-    def _precision(self, wanted: Precision | None) -> Precision:
-        return torch_trocr.choose_precision(wanted or self._settings.precision, self._hardware)
+    def _precision(self, name: str, wanted: Precision | None) -> Precision:
+        """What is wanted, else what is set, else what the model's folder was made for, else the hardware's best."""
+        choice = wanted or self._settings.precision
+        known = catalog.known_models(self._settings).get(name) if choice == "auto" else None
+        made_for = int8_folder.precision_of(Path(known.source).expanduser()) if known else None
+        return made_for or torch_trocr.choose_precision(choice, self._hardware)
 
     def _unknown(self, name: str) -> Fault:
         return faults.not_found("model", name, catalog.known_models(self._settings), field="model")
