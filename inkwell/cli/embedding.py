@@ -1,6 +1,7 @@
 """`inkwell embed`."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from inkwell import types
 from inkwell.aio import AsyncClient
 from inkwell.cli import report, terminal
 from inkwell.cli.reading import Source
-from inkwell.errors import InternalError
+from inkwell.errors import InkwellError, InternalError
 
 # One call embeds so many images, and so many bytes of them: within the limits that servers have unless set otherwise,
 # and enough to fill their batches. Without pooling an answer is hundreds of times larger.
@@ -50,14 +51,18 @@ async def run(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Embed in groups, then print or write; raises InkwellError or OSError."""
+    """Embed in groups, then print or write; raises typer.Exit for what the server refuses, or OSError."""
     parts: list[types.Embeddings] = []
     with terminal.live(quiet=quiet) as live:
         done = 0
         for group in _groups(images, GROUP_IMAGES_WHOLE if options["pooling"] == "none" else GROUP_IMAGES):
             live.update(terminal.bar(done, len(images), "images"))
             done += len(group)
-            part = await client.embed([source for _, source in group], **options)
+            try:
+                part = await client.embed([source for _, source in group], **options)
+            except InkwellError as error:
+                _tell(error, group, as_json=as_json or where is None)
+                raise typer.Exit(report.exit_code(error)) from None
             if where is None:
                 for (name, _), row in zip(group, part.tolist(), strict=True):
                     report.json_line({"file": name, "model": part.model, "dtype": part.dtype, "embedding": row})
@@ -77,6 +82,15 @@ async def run(
         report.json_line({"file": str(where), "model": whole.model, "dtype": whole.dtype, "shape": whole.shape})
     else:
         report.line(str(where))
+
+
+def _tell(error: InkwellError, group: Sequence[Source], *, as_json: bool) -> None:
+    """Explain it by the names of the images that it is about, if it is about some."""
+    numbers = {int(match[1]) for each in error.fields if (match := re.match(r"images\[(\d+)\]", each.field))}
+    names = [group[number][0] for number in sorted(numbers) if number < len(group)]
+    if as_json:
+        report.json_line({"file": ", ".join(names) or None, "error": report.error_as_json(error)})
+    report.explain(error, subject=", ".join(names))
 
 
 def _groups(images: Sequence[Source], most: int) -> Iterator[list[Source]]:

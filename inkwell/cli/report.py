@@ -49,6 +49,9 @@ _HINTS: dict[type[errors.InkwellError], str] = {
 }
 
 _OPTIONS = {
+    "image.content": "IMAGE",
+    "images.content": "IMAGE",
+    "content": "FILE",
     "beam_width": "--beam-width",
     "hypothesis_count": "--alternatives",
     "length_penalty": "--length-penalty",
@@ -188,8 +191,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def _option(field: str) -> str:
-    name = re.sub(r"\[\d+\]$", "", field.rsplit(".", 1)[-1])  # an element of a list is its option's matter
-    return _OPTIONS.get(name, field)
+    path = re.sub(r"\[\d+\]", "", field)  # an element of a list is its option's matter
+    return _OPTIONS.get(path) or _OPTIONS.get(path.rsplit(".", 1)[-1], field)
 
 
 def _plain(value: Any) -> Any:

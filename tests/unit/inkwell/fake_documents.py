@@ -96,8 +96,10 @@ class DocumentServicer(ocr_pb2_grpc.OcrServiceServicer):
 
     def Embed(self, request: Any, context: Any) -> Any:
         self._server.admit(request, context)
-        if any(each.content == b"bad" for each in request.images):
-            self._server.refuse(context, faults.invalid_field("images[0].content", "not a picture", reason="BAD_IMAGE"))
+        for number, image in enumerate(request.images):
+            if image.content == b"bad":
+                fault = faults.invalid_field(f"images[{number}].content", "not a picture", reason="BAD_IMAGE")
+                self._server.refuse(context, fault)
         whole = request.pooling == ocr_pb2.POOLING_NONE
         shape = [len(request.images), TOKENS, WIDTH] if whole else [len(request.images), WIDTH]
         half = request.dtype == common_pb2.TENSOR_TYPE_FLOAT16

@@ -134,9 +134,13 @@ def test_wrong_embedding_ends_in_2_before_anything_is_sent(
     assert not server.requests
 
 
-def test_a_bad_image_ends_in_2_and_leaves_no_file(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["embed", line_file("a.png", "x"), line_file("b.png", "bad"), "-o", "lines.npy"]) == 2
+def test_a_bad_image_is_named_ends_in_2_and_leaves_no_file(capsys: pytest.CaptureFixture[str]) -> None:
+    files = [line_file("a.png", "x"), line_file("b.png", "bad")]
+    assert main(["embed", *files, "-o", "lines.npy"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert "not a picture" in err
+    assert err == "inkwell: b.png: images[1].content: not a picture\n  Correct IMAGE.\n"
     assert not Path("lines.npy").exists()
+    assert main(["embed", *files]) == 2
+    (value,) = json_lines(capsys.readouterr().out)
+    assert (value["file"], value["error"]["reason"]) == ("b.png", "BAD_IMAGE")
