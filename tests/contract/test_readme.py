@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from services import local
+from tests.support.documents import pdf, written
 
 README = local.ROOT / "README.md"
 ADDRESS = "localhost:50050"
@@ -32,13 +32,8 @@ def test_the_readme_and_the_clients_page_have_examples() -> None:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The files that the examples name: `line.png` with one line, `letter.pdf` with two pages of two."""
-    samples = sorted(local.SAMPLES.glob("*.png"))[:4]
-    (tmp_path / "line.png").write_bytes(samples[0].read_bytes())
-    pages = [Image.new("L", (800, 400), 255) for _ in range(2)]
-    for number, sample in enumerate(samples):
-        with Image.open(sample) as line:
-            pages[number // 2].paste(line.convert("L"), (60, 80 + 140 * (number % 2)))
-    pages[0].save(tmp_path / "letter.pdf", save_all=True, append_images=pages[1:], resolution=100)
+    (tmp_path / "line.png").write_bytes(sorted(local.SAMPLES.glob("*.png"))[0].read_bytes())
+    (tmp_path / "letter.pdf").write_bytes(pdf([written(0, 1).image, written(2, 3).image]))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
