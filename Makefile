@@ -43,8 +43,8 @@ protos: $(VENV)/.installed  ## Generate the Python modules of the protos into in
 bench: $(VENV)/.installed-dev  ## Measure against what one would pick instead (ONLY=name for one)
 	@$(RUN) -m benchmarks $(ONLY)
 
-eval: $(VENV)/.installed  ## Print the reading quality on DIR (a folder with labels.tsv; default: the samples)
-	@$(RUN) -m services.ocr.evaluate $(or $(DIR),models/handwriting-tiny/samples)
+eval: $(VENV)/.installed  ## Compare precisions by error rate, size and speed on DIR (with labels.tsv; default: the samples)
+	@$(RUN) -m services.ocr.compare $(or $(DIR),models/handwriting-tiny/samples) $(ARGS)
 
 lock:  ## Write requirements/*.txt anew from pyproject.toml
 	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" requirements/lock.sh
