@@ -44,7 +44,7 @@ class DocumentLine:
     """One line of a page."""
 
     order: int
-    """Place in reading order, from 1."""
+    """Place among the lines found on its page, in reading order from 1; lines left out leave gaps."""
     block: int
     """Column or paragraph it belongs to, from 1, in reading order."""
     polygon: tuple[tuple[float, float], ...]
