@@ -9,11 +9,11 @@ from services.ocr.engine.layout.cores import LINE_OVER_CORE, Core
 
 # Width and length of a gutter, at least, in heights of a line: a narrow one has to run along more lines, because the
 # spaces between words may come to lie above each other by chance.
-GUTTERS = ((2.2, 3.2), (1.2, 5.0), (0.75, 9.0))
+GUTTERS = ((2.2, 3.2), (1.2, 5.0), (0.75, 7.0), (0.5, 9.0))
 STRETCH = 1.6  # shortest part of a gutter between two lines that cross it, in heights of a line
 CROSSED = 0.35  # share of its length that a gutter may be crossed
 COST = 6.0  # how much white outweighs one crossing
-NARROW = 2.0  # narrowest column, in heights of a line; what is narrower is a margin note or a number
+NARROW = 1.2  # narrowest column, in heights of a line; what is narrower is a margin note or a number
 DEPTH = 8  # columns within columns
 
 
@@ -71,7 +71,7 @@ def _gutter(cores: Sequence[Core], height: float) -> tuple[float, list[tuple[flo
         ] = True
     before = np.maximum.accumulate(text, axis=1)
     after = np.maximum.accumulate(text[:, ::-1], axis=1)[:, ::-1]
-    best: tuple[float, int, int, npt.NDArray[np.bool_]] | None = None
+    best: tuple[float, int, int] | None = None
     for width, length in GUTTERS:
         wide, least = max(1, round(width * 4)), length * 4
         if columns <= wide:
@@ -86,12 +86,22 @@ def _gutter(cores: Sequence[Core], height: float) -> tuple[float, list[tuple[flo
         first = int(ties[len(ties) // 2])
         # A wider gutter is the surer one, so a narrower has to be clearly better.
         if np.isfinite(worth[first]) and (best is None or worth[first] > best[0] + 4):
-            best = (float(worth[first]), first, wide, white[:, first])
+            best = (float(worth[first]), first, wide)
     if best is None:
         return None
-    _, first, wide, open_rows = best
-    centre = x0 + (first + wide / 2) * cell
-    stretches = [(y0 + a * cell, y0 + b * cell) for a, b in _runs(open_rows) if b - a >= STRETCH * 4]
+    _, first, wide = best
+    # Lines that end inside the strip do not cross it: cut where the fewest cores are.
+    edges = x0 + (first + np.arange(1, 4 * wide) / 4) * cell
+    lefts, rights = np.array([core.left for core in cores]), np.array([core.right for core in cores])
+    cut = ((lefts[:, None] < edges) & (edges < rights[:, None])).sum(axis=0)
+    ties = np.flatnonzero(cut == cut.min())
+    centre = float(edges[ties[len(ties) // 2]])
+    crossed = np.zeros(rows, dtype=bool)
+    for core in cores:
+        if core.left < centre < core.right:
+            middle = (core.middle - y0) / cell
+            crossed[max(0, round(middle - 2)) : round(middle + 2) + 1] = True
+    stretches = [(y0 + a * cell, y0 + b * cell) for a, b in _runs(~crossed) if b - a >= STRETCH * 4]
     inside = [core for core in cores if any(start <= core.middle < end for start, end in stretches)]
     for side in _sides(inside, centre):
         if not side or max(core.right for core in side) - min(core.left for core in side) < NARROW * height:

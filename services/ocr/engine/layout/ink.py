@@ -54,11 +54,12 @@ def rules_of(mask: Mask, inside: Mask, height: float) -> Mask:
     long, thick = max(24, round(STRAIGHT * height)), max(6, round(THIN * height))
     if mask.shape[1] < long:
         return np.zeros_like(mask)
-    slope = _slope(mask, inside, height)
+    uprights = np.ones((thick, 1), np.uint8)
+    slope = _slope(mask & (1 - _uint8(cv2.morphologyEx(mask, cv2.MORPH_OPEN, uprights))), inside, height)
     # What leans by a fraction of a degree leaves its row of pixels now and then: thicken it first.
     level = _shear(_uint8(cv2.dilate(mask, np.ones((3, 1), np.uint8))), -slope)
     runs = _uint8(cv2.morphologyEx(level, cv2.MORPH_OPEN, np.ones((1, long), np.uint8)))
-    return _shear(runs & (1 - _uint8(cv2.morphologyEx(runs, cv2.MORPH_OPEN, np.ones((thick, 1), np.uint8)))), slope)
+    return _shear(runs & (1 - _uint8(cv2.morphologyEx(runs, cv2.MORPH_OPEN, uprights))), slope)
 
 
 def _slope(mask: Mask, inside: Mask, height: float) -> float:
