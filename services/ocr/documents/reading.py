@@ -302,4 +302,5 @@ def _on_page(fault: Fault, page: int) -> Fault:
     if data.reason != "TOO_MANY_LINES":
         return fault
     description = f"page {page}: {data.fields[0].description}" if data.fields else f"page {page} has too many lines"
-    return too_large("content", "PAGE_TOO_MANY_LINES", description, **{**data.metadata, "field": "content"}, page=page)
+    numbers = {name: value for name, value in data.metadata.items() if name != "field"}
+    return too_large("content", "PAGE_TOO_MANY_LINES", description, **numbers, page=page)

@@ -44,6 +44,8 @@ class Rendering:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
+        # The process limits its own processor time; this is for one that does not even use any, or gets none.
+        self.patience_s = 4 * limits.step_s
         self._process: asyncio.subprocess.Process | None = None
 
     async def __aenter__(self) -> "Rendering":
@@ -94,8 +96,7 @@ class Rendering:
 
     async def _ask(self, request: Request, what: str) -> Reply:
         try:
-            # The process limits its own processor time; this is for one that does not even use any.
-            async with asyncio.timeout(self._limits.step_s * 2 + 10):
+            async with asyncio.timeout(self.patience_s):
                 reply = await self._exchange(request)
         except TimeoutError:
             raise self._lost(what, "was stuck") from None

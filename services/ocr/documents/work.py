@@ -12,7 +12,6 @@ from services.kit.admission import Priority
 from services.kit.engine_api import Accepted, Finished
 from services.kit.engine_host import EngineHost
 from services.kit.faults import Fault
-from services.ocr.domain import LayoutJob, ReadJob
 
 log = structlog.get_logger(__name__)
 
@@ -41,8 +40,8 @@ class Worker:
         self._wait_ready_s = wait_ready_s
         self._on_accepted = on_accepted
 
-    async def run(self, work: LayoutJob | ReadJob, *, cost: float) -> Done:
-        """The job's result; `cost` as in `EngineHost.admit`.
+    async def run(self, work: msgspec.Struct, *, cost: float) -> Done:
+        """The result of a LayoutJob or ReadJob; `cost` as in `EngineHost.admit`.
 
         The document was admitted, so a full queue is waited for, as is an engine that starts, and a job that went
         down with its engine is sent again. Raises Fault when the job itself fails. Cancelling cancels the job.
@@ -66,7 +65,7 @@ class Worker:
                     case _:
                         raise
 
-    async def _try(self, work: LayoutJob | ReadJob, cost: float) -> Done:
+    async def _try(self, work: msgspec.Struct, cost: float) -> Done:
         # No deadline here: the whole document has one, and ends with all its jobs when it passes.
         async with self._host.admit(priority=self._priority, time_left_s=None, cost=cost) as job:
             job.start(work)
