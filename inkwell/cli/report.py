@@ -88,6 +88,9 @@ _OPTIONS = {
     "inkwell-hardware": "--hardware",
 }
 
+_LAST_COLUMN_LEAST = 8
+"""Characters that a table keeps for its last column, if it can."""
+
 
 class PipeClosed(Exception):
     """Whoever read stdout has stopped, as `head` does."""
@@ -181,13 +184,16 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    console = Console(highlight=False)
     shown = Table(box=None, pad_edge=False, header_style="bold")
+    # The last column, the longest, gives way on a narrow terminal; all do where that is not enough.
+    widths = [max(map(len, column)) + 2 for column in zip(columns[:-1], *(row[:-1] for row in rows), strict=True)]
+    fits = sum(widths) + _LAST_COLUMN_LEAST <= console.width
     for name in columns:
-        # Only the last column, the longest, gives way on a narrow terminal.
-        shown.add_column(name, overflow="fold", no_wrap=name != columns[-1])
+        shown.add_column(name, overflow="fold", no_wrap=fits and name != columns[-1])
     for row in rows:
         shown.add_row(*(Text(cell) for cell in row))
-    Console(highlight=False).print(shown)
+    console.print(shown)
 
 
 def _option(field: str) -> str:

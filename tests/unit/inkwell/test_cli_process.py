@@ -217,6 +217,14 @@ def test_lists_are_tables_on_a_terminal(server: InkwellServer, tmp_path: Path) -
     assert "\t" not in terminal.text
 
 
+def test_a_narrow_terminal_loses_nothing_of_a_table(server: InkwellServer, tmp_path: Path) -> None:
+    terminal = Terminal(["models"], tmp_path, environment(server, TERM="dumb"))  # which is 80 characters wide
+    assert terminal.end() == 0
+    assert max(map(len, terminal.text.splitlines())) <= 80
+    letters = "".join(terminal.text.split())
+    assert all(part in letters for part in ("pen", "tokens", "euler")), terminal.text
+
+
 PROGRAMS = {
     "read": "client.read(b'hold')",
     "read_stream": "list(client.read_stream(b'hold'))",
