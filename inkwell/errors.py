@@ -99,7 +99,7 @@ class TooLarge(InkwellError):
     """The request can never fit there, whatever the load."""
 
     default_code = "RESOURCE_EXHAUSTED"
-    default_hint = "Send less: a smaller picture or size, fewer pictures; the same request will fail again."
+    default_hint = "Send less: a smaller picture, size or file, or fewer pictures; the same request will fail again."
 
 
 class Overloaded(InkwellError):
