@@ -1,6 +1,7 @@
 """Documents that are wrong, hostile or too large, and processes that are killed while a document is read."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import zlib
@@ -300,7 +301,13 @@ async def test_a_document_beyond_the_queue_is_refused_before_any_header(service:
 
 
 def render_processes() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children() if render_worker.__name__ in " ".join(p.cmdline())]
+    """Those that still live."""
+    found = []
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):  # it ended while it was looked at
+            if process.status() != psutil.STATUS_ZOMBIE and render_worker.__name__ in process.cmdline():
+                found.append(process)
+    return found
 
 
 async def test_a_render_process_that_dies_ends_its_document_only(service: Service) -> None:

@@ -16,10 +16,18 @@ Behaviour = Callable[[AsyncIterator[bytes], grpc.aio.ServicerContext], AsyncGene
 
 UNARY = "/inkwell.ocr.v1.OcrService/Recognize"
 SERVER_STREAM = "/inkwell.ocr.v1.OcrService/StreamRecognize"
+READ_DOCUMENT = "/inkwell.ocr.v1.OcrService/ReadDocument"
 BIDI = "/inkwell.ocr.v1.OcrService/BatchRecognize"
 CLIENT_STREAM = "/inkwell.ocr.v1.OcrService/Collect"  # not in the protos
 DIFFUSION_STREAM = "/inkwell.diffusion.v1.DiffusionService/Generate"
-_ARITIES = {UNARY: (0, 0), SERVER_STREAM: (0, 1), BIDI: (1, 1), CLIENT_STREAM: (1, 0), DIFFUSION_STREAM: (0, 1)}
+_ARITIES = {
+    UNARY: (0, 0),
+    SERVER_STREAM: (0, 1),
+    READ_DOCUMENT: (0, 1),
+    BIDI: (1, 1),
+    CLIENT_STREAM: (1, 0),
+    DIFFUSION_STREAM: (0, 1),
+}
 
 
 async def echo(requests: AsyncIterator[bytes], _context: grpc.aio.ServicerContext) -> AsyncGenerator[bytes, None]:
