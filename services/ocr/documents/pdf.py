@@ -8,7 +8,7 @@ import pypdfium2 as pdfium
 import pypdfium2.raw as pdfium_c
 
 from services.kit.faults import invalid_field
-from services.ocr.documents import sources
+from services.ocr.documents import kinds
 from services.ocr.documents.frames import Limits, Rendered, TextPage
 from services.ocr.documents.invisible_text import Affine, lay_text
 
@@ -29,13 +29,13 @@ class PdfSource:
         except pdfium.PdfiumError as error:
             if error.err_code in (pdfium_c.FPDF_ERR_PASSWORD, pdfium_c.FPDF_ERR_SECURITY):
                 raise invalid_field(
-                    sources.FIELD,
+                    kinds.FIELD,
                     "the PDF is encrypted and needs a password; send it without one",
                     reason="DOCUMENT_ENCRYPTED",
                 ) from None
-            raise sources.damaged("the PDF is damaged or ends too early") from None
+            raise kinds.damaged("the PDF is damaged or ends too early") from None
         if self.page_count < 1:
-            raise invalid_field(sources.FIELD, "the PDF has no pages", reason="DOCUMENT_EMPTY")
+            raise invalid_field(kinds.FIELD, "the PDF has no pages", reason="DOCUMENT_EMPTY")
 
     def render(self, page: int, dpi: int) -> Rendered:
         """Draw the page with its annotations on white."""
@@ -46,7 +46,7 @@ class PdfSource:
             opened = self._pdf[page - 1]
             bitmap = opened.render(scale=scale, rev_byteorder=True, draw_annots=True)
         except pdfium.PdfiumError:
-            raise sources.damaged(f"page {page} of the PDF is damaged and cannot be drawn") from None
+            raise kinds.damaged(f"page {page} of the PDF is damaged and cannot be drawn") from None
         image = bitmap.to_pil().convert("RGB")
         rendered = Rendered(image.width, image.height, float(dpi), image.tobytes())
         opened.close()
@@ -66,7 +66,7 @@ class PdfSource:
 
     def _check_size(self, page: int, width_pt: float, height_pt: float, dpi: int) -> None:
         if not (math.isfinite(width_pt) and math.isfinite(height_pt) and width_pt > 0 and height_pt > 0):
-            raise sources.damaged(f"page {page} of the PDF has no size")
+            raise kinds.damaged(f"page {page} of the PDF has no size")
         width, height = _pixels(width_pt, height_pt, dpi)
         limit = self._limits.max_page_pixels
         if width * height > limit:
@@ -74,9 +74,9 @@ class PdfSource:
             advice = (
                 f"at {fits} dpi it would fit" if fits >= DPI_LEAST else f"it does not fit at {DPI_LEAST} dpi either"
             )
-            raise sources.too_many_pixels(page, width, height, limit, f"{dpi} dpi were asked for, {advice}")
+            raise kinds.too_many_pixels(page, width, height, limit, f"{dpi} dpi were asked for, {advice}")
         if min(width, height) < self._limits.min_page_side:
-            raise sources.too_small(page, width, height, self._limits.min_page_side)
+            raise kinds.too_small(page, width, height, self._limits.min_page_side)
 
 
 def saved(pdf: pdfium.PdfDocument) -> bytes:
@@ -85,7 +85,7 @@ def saved(pdf: pdfium.PdfDocument) -> bytes:
     try:
         pdf.save(buffer)
     except pdfium.PdfiumError:
-        raise sources.damaged("the PDF cannot be written anew") from None
+        raise kinds.damaged("the PDF cannot be written anew") from None
     return buffer.getvalue()
 
 

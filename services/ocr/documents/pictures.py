@@ -7,7 +7,7 @@ from PIL import Image, ImageFile
 
 from services.kit.faults import Fault, FaultData
 from services.ocr import images
-from services.ocr.documents import sources
+from services.ocr.documents import kinds
 from services.ocr.documents.frames import Limits, Rendered, TextPage
 from services.ocr.documents.invisible_text import Affine, lay_text
 from services.ocr.documents.pdf import saved
@@ -39,7 +39,7 @@ class PictureSource:
         self._content = content
         self._limits = limits
         try:
-            self._image = images.open_image(content, sources.FIELD)
+            self._image = images.open_image(content, kinds.FIELD)
             # Only in a TIFF are further frames further pages; elsewhere they are an animation.
             tiff = self._image.format == "TIFF"
             self.page_count = self._count_frames() if tiff else 1
@@ -93,29 +93,29 @@ class PictureSource:
         limits = images.Limits(len(self._content), self._limits.max_page_pixels, self._limits.min_page_side)
         try:
             self._seek(page)
-            return images.to_rgb(self._image, limits, sources.FIELD)
+            return images.to_rgb(self._image, limits, kinds.FIELD)
         except Fault as fault:
             width, height = self._image.size
             match fault.data.reason:
                 case "IMAGE_TOO_MANY_PIXELS":
                     advice = "scale the image down"
-                    raise sources.too_many_pixels(page, width, height, limits.max_pixels, advice) from None
+                    raise kinds.too_many_pixels(page, width, height, limits.max_pixels, advice) from None
                 case "IMAGE_TOO_SMALL":
-                    raise sources.too_small(page, width, height, limits.min_side) from None
+                    raise kinds.too_small(page, width, height, limits.min_side) from None
             raise _of_document(fault, page) from None
 
     def _seek(self, page: int) -> None:
         try:
             self._image.seek(page - 1)
         except Exception as error:  # noqa: BLE001 - a directory of the file can be broken in any way
-            raise images.damaged("TIFF", error, sources.FIELD) from None
+            raise images.damaged("TIFF", error, kinds.FIELD) from None
 
     def _count_frames(self) -> int:
         image: ImageFile.ImageFile = self._image
         try:
             return int(getattr(image, "n_frames", 1))
         except Exception as error:  # noqa: BLE001 - as above
-            raise images.damaged("TIFF", error, sources.FIELD) from None
+            raise images.damaged("TIFF", error, kinds.FIELD) from None
 
     def _resolution(self) -> tuple[float, float]:
         """Dots per inch across and down the upright image; 0 where unknown."""
@@ -135,5 +135,5 @@ def _of_document(fault: Fault, page: int = 0) -> Fault:
     data = fault.data
     reason = "DOCUMENT_DAMAGED" if data.reason in ("IMAGE_DAMAGED", "IMAGE_TRUNCATED") else data.reason
     reason = "DOCUMENT_NOT_RECOGNISED" if reason == "IMAGE_NOT_RECOGNISED" else reason
-    message = data.message.replace(f"{sources.FIELD}: ", f"{sources.FIELD}: page {page}: ", 1) if page else data.message
+    message = data.message.replace(f"{kinds.FIELD}: ", f"{kinds.FIELD}: page {page}: ", 1) if page else data.message
     return Fault(FaultData(data.kind, reason, message, fields=data.fields, metadata=data.metadata))

@@ -12,7 +12,7 @@ import sys
 from typing import BinaryIO
 
 from services.kit.faults import Fault, internal, too_large
-from services.ocr.documents import frames, sources
+from services.ocr.documents import frames, kinds, sources
 from services.ocr.documents.frames import Limits, Open, Opened, Refused, Render, Reply, Request, WritePdf, Written
 
 
@@ -54,7 +54,7 @@ class _Worker:
             limit = self._limits.memory_bytes
             return Refused(
                 too_large(
-                    sources.FIELD,
+                    kinds.FIELD,
                     "DOCUMENT_TOO_LARGE",
                     f"it takes more than the {limit} bytes of memory that a document may have; send fewer pages",
                     limit_bytes=limit,

@@ -13,7 +13,7 @@ import structlog
 
 from services.kit import faults
 from services.kit.faults import Fault
-from services.ocr.documents import frames, sources
+from services.ocr.documents import frames, kinds
 from services.ocr.documents.frames import (
     HEADER,
     Limits,
@@ -123,7 +123,7 @@ class Rendering:
             code = process.returncode
             cause = signal.Signals(-code).name if code is not None and code < 0 else code
             log.warning("render process lost", how=how, cause=cause)
-        return sources.damaged(
+        return kinds.damaged(
             f"{what} cannot be processed: decoding it crashes, or takes more than {self._limits.step_s:g} s or"
             f" {self._limits.memory_bytes} bytes"
         )

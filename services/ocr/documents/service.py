@@ -15,7 +15,7 @@ from services.kit import faults
 from services.kit.admission import Priority
 from services.kit.engine_host import EngineHost, engine_not_ready
 from services.ocr import document_converters as converters
-from services.ocr.documents import exports, sources
+from services.ocr.documents import exports, kinds
 from services.ocr.documents.course import Course
 from services.ocr.documents.exports import Export
 from services.ocr.documents.frames import Limits, TextLine, TextPage
@@ -188,22 +188,22 @@ class Documents:
         limit = self._settings.max_document_bytes
         if not content:
             raise faults.invalid_field(
-                sources.FIELD,
-                f"it is empty; send the bytes of a {sources.ACCEPTED}",
+                kinds.FIELD,
+                f"it is empty; send the bytes of a {kinds.ACCEPTED}",
                 reason="DOCUMENT_EMPTY",
             )
         if len(content) > limit:
             raise faults.too_large(
-                sources.FIELD,
+                kinds.FIELD,
                 "DOCUMENT_TOO_LARGE",
                 f"{len(content)} bytes are more than the limit of {limit}; send fewer pages a call",
                 size_bytes=len(content),
                 limit_bytes=limit,
             )
-        if not sources.is_recognised(content):
+        if not kinds.is_recognised(content):
             raise faults.invalid_field(
-                sources.FIELD,
-                f"it is not a document that can be read; accepted: {sources.ACCEPTED}",
+                kinds.FIELD,
+                f"it is not a document that can be read; accepted: {kinds.ACCEPTED}",
                 reason="DOCUMENT_NOT_RECOGNISED",
             )
 
