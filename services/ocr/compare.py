@@ -98,10 +98,9 @@ def compare(
     """
     from services.runtimes.hardware import detect
 
-    limits = images.Limits(settings.max_image_bytes, settings.max_image_pixels, settings.min_image_side)
     hardware = detect()
     with tempfile.TemporaryDirectory() as scratch:
-        contenders, refusals = _contenders(settings, range_lines, limits, Path(scratch))
+        contenders, refusals = _contenders(settings, range_lines, Path(scratch))
 
         def read(precision: Precision, labels: Sequence[Label]) -> list[LineReport]:
             engine = contenders[precision].engine
@@ -155,7 +154,7 @@ def compare(
 
 
 def _contenders(
-    settings: Settings, range_lines: Sequence[Label], limits: images.Limits, scratch: Path
+    settings: Settings, range_lines: Sequence[Label], scratch: Path
 ) -> tuple[dict[Precision, _Contender], dict[Precision, str]]:
     """An engine for each precision that the machine can compute, and why it cannot compute the others."""
     from services.ocr.engine.main import create_engine
@@ -178,7 +177,7 @@ def _contenders(
         folder, disk_bytes = source, sizes[precision]
         if precision == "int8_static":
             folder = scratch / "int8_static"
-            disk_bytes = quantize(source, folder, precision, range_lines, limits).file_bytes
+            disk_bytes = quantize(source, folder, precision, range_lines, settings).file_bytes
         own = settings.model_copy(
             update={
                 "models": {name: str(folder)},

@@ -51,7 +51,7 @@ class Quantized:
 
 
 def quantize(
-    source: Path, output: Path, precision: "Precision", labels: Sequence[Label], limits: images.Limits
+    source: Path, output: Path, precision: "Precision", labels: Sequence[Label], settings: Settings
 ) -> Quantized:
     """Round the weights of the model folder `source` into the new folder `output`.
 
@@ -63,7 +63,7 @@ def quantize(
 
     hardware = detect()
     model = torch_trocr.load(source, device=hardware.device, precision="float32", hardware=hardware)
-    ranges = _input_ranges(model, source, labels, limits) if precision == "int8_static" else {}
+    ranges = _input_ranges(model, source, labels, settings) if precision == "int8_static" else {}
     model = model.cpu()
     int8_folder.write(output, source, model, int8.round_weights(model), ranges, precision)
     (output / "README.md").write_text(_card(source, precision, len(labels)), "utf-8")
@@ -83,7 +83,7 @@ def quantize(
 
 
 def _input_ranges(
-    model: "VisionEncoderDecoderModel", source: Path, labels: Sequence[Label], limits: images.Limits
+    model: "VisionEncoderDecoderModel", source: Path, labels: Sequence[Label], settings: Settings
 ) -> "dict[str, InputRange]":
     """Read the lines greedily, one at a time (no padding then), and see what goes into each layer."""
     import torch
@@ -93,10 +93,14 @@ def _input_ranges(
 
     processor, _ = load_helpers(source)
     channels = int(getattr(model.config.encoder, "num_channels", 3))
+    own = model.generation_config
+    length = own.max_new_tokens or (own.max_length - 1 if own.max_length else settings.default_max_new_token_count)
+    length = min(length, model.config.decoder.max_position_embeddings - 1)
+    limits = images.Limits(settings.max_image_bytes, settings.max_image_pixels, settings.min_image_side)
     with input_ranges.watch(model) as histograms, torch.inference_mode():
         for label in labels:
             pixels = preprocess(processor, channels, [images.decode(label.path.read_bytes(), limits)])
-            model.generate(pixels.to(model.device), num_beams=1, do_sample=False)
+            model.generate(pixels.to(model.device), num_beams=1, do_sample=False, max_new_tokens=length)
     return {name: histogram.input_range() for name, histogram in histograms.items()}
 
 
@@ -160,7 +164,7 @@ def command(
     began = time.perf_counter()
     try:
         source = checkpoints.fetch(checkpoints.resolve(settings.models.get(model, model)))
-        done = quantize(source, output, precision.value, labels, limits)
+        done = quantize(source, output, precision.value, labels, settings)
     except CheckpointError as error:
         print(error, file=sys.stderr)
         raise typer.Exit(2) from None
