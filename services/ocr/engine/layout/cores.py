@@ -7,9 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from services.ocr.engine.layout.detector import TextMap
-from services.ocr.engine.layout.frame import CORE, weighted_median
+from services.ocr.engine.layout.frame import CORE, SURE, weighted_median
 
-SURE = 0.5  # mean over a core below which it is no text (rapidocr's box_thresh)
 LEAST_AREA = 6  # pixels of the map
 # A line's ink is about so many times as high as its core: 2.3 to 3.2 in renderings of 60 handwriting fonts.
 LINE_OVER_CORE = 2.5

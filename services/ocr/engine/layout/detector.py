@@ -13,6 +13,8 @@ import numpy.typing as npt
 import onnxruntime
 
 WEIGHTS = Path("models") / "PP-OCRv6_det_small.onnx"
+TILE = 1312  # side of the largest image that goes through it at once
+OVERLAP = 96
 STRIDE = 32  # the network halves five times, so both sides must be multiples of it
 
 Rgb = npt.NDArray[np.uint8]
@@ -56,8 +58,22 @@ class Detector:
         """How likely each pixel lies in the core of a line of text.
 
         `image` is [height, width, 3] 8-bit RGB of any size from 1x1; answers [height, width], 0 to 1. The cores are
-        narrower than the lines: the network was taught with boxes shrunk so that neighbours stay apart.
+        narrower than the lines: the network was taught with boxes shrunk so that neighbours stay apart. Large images go
+        through it in overlapping tiles, so that memory has a bound (some 0.7 GB).
         """
+        height, width = image.shape[:2]
+        if height * width <= TILE * TILE:
+            return self._run(image)
+        answer = np.zeros((height, width), np.float32)
+        for top, bottom in _spans(height):
+            for left, right in _spans(width):
+                tile = self._run(image[top:bottom, left:right])
+                # What lies near a cut is seen better by the neighbour, except at the image's own edges.
+                y, x = (OVERLAP // 2 if top else 0), (OVERLAP // 2 if left else 0)
+                answer[top + y : bottom, left + x : right] = tile[y:, x:]
+        return answer
+
+    def _run(self, image: Rgb) -> TextMap:
         height, width = image.shape[:2]
         below, beside = -height % STRIDE, -width % STRIDE
         padded = cv2.copyMakeBorder(image, 0, below, 0, beside, cv2.BORDER_REPLICATE)
@@ -66,3 +82,10 @@ class Detector:
         batch = np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
         answer: TextMap = self._session.run(None, {self._input: batch})[0]
         return answer[0, 0, :height, :width]
+
+
+def _spans(length: int) -> list[tuple[int, int]]:
+    """Start and end of overlapping tiles over a side."""
+    count = max(1, -(-(length - OVERLAP) // (TILE - OVERLAP)))
+    step = -(-(length - OVERLAP) // count)
+    return [(number * step, min(length, (number + 1) * step + OVERLAP)) for number in range(count)]

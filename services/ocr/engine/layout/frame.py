@@ -10,8 +10,11 @@ import numpy.typing as npt
 from services.ocr.engine.layout.detector import Detector, Rgb, TextMap
 
 LOOK_SIDE = 800  # longest side of the first look, which only has to show which way the lines run
-LOOK_PIXELS = 1 << 20
+CLOSE_SIDE = 1024  # side of the piece looked at closely when the writing is too small for the first look
+DIM = 3.0  # thickness in pixels below which cores are not to be trusted
 CORE = 0.3  # threshold of rapidocr's config for a pixel of a line's core
+SURE = 0.5  # mean over a core below which it is no text (its box_thresh); blank paper alone has up to 0.45
+FEW = 4  # cores that the close look must find to be believed
 LONG = 3.0  # a core tells its direction when it is so much longer than thick
 
 
@@ -77,21 +80,28 @@ def frame_for(width: int, height: int, clockwise: float, scale: float) -> Frame:
 @dataclass(frozen=True)
 class Direction:
     """Which way the writing runs: `rotation` turns the page upright, then it leans clockwise by `skew`; `thickness`
-    is that of the cores, in pixels of the page, 0 when nothing was found."""
+    is that of the cores, in pixels of the page, 0 when it is not known, and `count` how many cores told it."""
 
     rotation: int
     skew: float
     thickness: float
+    count: int
 
 
 def direction(page: Rgb, detector: Detector, rotation: int | None) -> Direction:
     """Look at the whole page at a small size. `rotation` is known, or None to choose between 0 and 90."""
     height, width = page.shape[:2]
     scale = min(1.0, LOOK_SIDE / max(height, width))
-    look = frame_for(width, height, rotation or 0, scale)
-    angles, lengths, thickness = cores(detector.text_map(look.view(page)))
+    whole = frame_for(width, height, rotation or 0, scale)
+    angles, lengths, thickness = cores(detector.text_map(whole.view(page)))
+    if scale < 1 and (not len(angles) or weighted_median(thickness, lengths) < DIM):
+        piece = _busiest(page)
+        close = frame_for(piece.shape[1], piece.shape[0], rotation or 0, 1.0)
+        closer = cores(detector.text_map(close.view(piece)))
+        seen = len(closer[0]) >= FEW
+        (angles, lengths, thickness), scale = closer if seen else (angles[:0], lengths[:0], thickness[:0]), 1.0
     if not len(angles):
-        return Direction(rotation or 0, 0.0, 0.0)
+        return Direction(rotation or 0, 0.0, 0.0, 0)
     found = rotation
     if rotation is None:
         upright = lengths[np.abs(angles) < 45].sum() >= lengths[np.abs(angles) >= 45].sum()
@@ -101,7 +111,21 @@ def direction(page: Rgb, detector: Detector, rotation: int | None) -> Direction:
     near = np.abs(angles) < 45
     # The error of a core's angle falls with its length, so long ones count by the square.
     skew = weighted_median(angles[near], lengths[near] ** 2) if near.any() else 0.0
-    return Direction(found or 0, skew, weighted_median(thickness, lengths) / scale)
+    return Direction(found or 0, skew, weighted_median(thickness, lengths) / scale, len(angles))
+
+
+def _busiest(page: Rgb) -> Rgb:
+    """The piece of the page, CLOSE_SIDE square at most, where neighbouring pixels differ most."""
+    height, width = page.shape[:2]
+    best, piece = -1.0, page
+    for top in range(0, max(1, height - CLOSE_SIDE // 2), CLOSE_SIDE):
+        for left in range(0, max(1, width - CLOSE_SIDE // 2), CLOSE_SIDE):
+            part = page[top : top + CLOSE_SIDE, left : left + CLOSE_SIDE]
+            green = part[::2, :, 1].astype(np.int16)
+            change = float(np.abs(np.diff(green, axis=1)).mean()) if part.shape[1] > 1 else 0.0
+            if change > best:
+                best, piece = change, part
+    return piece
 
 
 def cores(
@@ -119,7 +143,8 @@ def cores(
     mean = (xx + yy) / 2
     length, thick = np.sqrt(12 * (mean + spread)), np.sqrt(12 * np.maximum(mean - spread, 1 / 12))
     angle = np.degrees(np.arctan2(2 * xy, xx - yy)) / 2
-    told = (length > LONG * thick) & (area >= 12)
+    sure = np.bincount(label, text[ys, xs], minlength=count) >= SURE * area
+    told = (length > LONG * thick) & (area >= 12) & sure
     told[0] = False
     return angle[told], length[told], thick[told]
 
