@@ -4,6 +4,7 @@ The front process and the engine both look here; a folder that was just written 
 """
 
 import json
+import math
 import re
 import struct
 from collections.abc import Sequence
@@ -117,13 +118,10 @@ def _numbers_in(file: Path) -> int:
             if length > _HEADER_BYTES_MOST:
                 raise ValueError("its header is too long")
             header = json.loads(opened.read(length))
-        total = 0
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                count = 1
-                for side in tensor["shape"]:
-                    count *= int(side)
-                total += count
-        return total
+        header.pop("__metadata__", None)
+        end = 8 + length + max((int(tensor["data_offsets"][1]) for tensor in header.values()), default=0)
+        if end != (size := file.stat().st_size):
+            raise ValueError(f"it has {size} bytes and its header says {end}")
+        return sum(math.prod(map(int, tensor["shape"])) for tensor in header.values())
     except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file.name} is not a whole safetensors file: {error}") from None

@@ -64,6 +64,7 @@ def load(
                 trust_remote_code=False,
                 dtype=torch.float32,
                 output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             )
     except (MemoryError, torch.OutOfMemoryError, CheckpointError):
         raise
@@ -78,9 +79,10 @@ def load(
         # The library would fill them with random numbers and go on.
         raise CheckpointError(f"{folder}: {len(missing)} weights are missing, first {min(missing)}")
     if report["mismatched_keys"]:
+        name, found, wanted = min(report["mismatched_keys"])
         raise CheckpointError(
             f"{folder}: {len(report['mismatched_keys'])} weights have another shape than config.json says, first"
-            f" {min(report['mismatched_keys'])}"
+            f" {name}: {list(found)} and not {list(wanted)}"
         )
     if device.partition(":")[0] != hardware.device.partition(":")[0]:
         # The settings name a device that is not the best one here.

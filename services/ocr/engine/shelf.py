@@ -125,7 +125,12 @@ class Shelf:
     @property
     def busy(self) -> bool:
         """Whether `advance` has something to tell or to do; loading itself is done elsewhere."""
-        return bool(self._events) or not self._news.empty()
+        return (
+            bool(self._events)
+            or not self._news.empty()
+            or any(desk.closing and desk.idle for desk in self.desks.values())
+            or any(desk.idle for desk in self._retiring)
+        )
 
     def load_at_start(self, names: list[str]) -> None:
         """Load models before the first job; raises CheckpointError when one cannot be used or is too large.
@@ -240,7 +245,8 @@ class Shelf:
         info = self.info()
         if info != self._told:
             self._told = info
-            self._events.append(Described(Raw(_encoder.encode(info))))
+            # Before the ends of loads, so that who hears of one finds the model described.
+            self._events.insert(0, Described(Raw(_encoder.encode(info))))
 
     def take_events(self) -> list[EngineEvent]:
         """What there is to tell since the last time."""
