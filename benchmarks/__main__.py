@@ -1,23 +1,12 @@
 """Run the benchmarks: `python -m benchmarks [NAME]`. Each ends with one line of JSON that holds its bars."""
 
 import importlib
-import json
-import os
-import platform
 import sys
 from pathlib import Path
 
+from benchmarks._bars import print_report
+
 HERE = Path(__file__).resolve().parent
-
-
-def machine() -> str:
-    """The processor and the number of cores that may be used."""
-    model = platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    return f"{model}, {len(os.sched_getaffinity(0))} cores"
 
 
 def main() -> int:
@@ -32,7 +21,7 @@ def main() -> int:
         print(f"· {name}", flush=True)
         bars = importlib.import_module(f"benchmarks.{name}").run()
         missed += sum(not bar["ok"] for bar in bars.values())
-        print(json.dumps({"benchmark": name, "bars": bars, "machine": machine()}), flush=True)
+        print_report(name, bars)
     return 1 if missed else 0
 
 

@@ -38,7 +38,8 @@ class PackedLinear(nn.Module):
 
 def can_pack(device: torch.device) -> bool:
     """Whether packing is known to pay: only x86 processors were measured."""
-    return device.type == "cpu" and platform.machine() in ("x86_64", "AMD64") and torch.backends.mkldnn.is_available()
+    has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return has_onednn and device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
 
 
 def pack_linears(module: nn.Module) -> None:

@@ -1,0 +1,166 @@
+"""The ways to read lines that `ocr_throughput` compares: transformers' `generate`, Inkwell's engine, and its service.
+
+Each takes the same lines and answers the token ids of every one, in their order. Decoding the PNG and preparing the
+pixels is part of the work of all.
+"""
+
+import io
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import grpc
+import msgspec
+import psutil
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from PIL import Image
+from transformers import StoppingCriteria, VisionEncoderDecoderModel
+
+from benchmarks._trocr_base import Line
+from inkwell import Client
+from services import local
+from services.kit.engine_api import Failed, Finished, Raw
+from services.ocr import domain
+from services.ocr.engine.main import OcrEngine, create_engine
+from services.ocr.settings import Settings
+
+READY_WITHIN_S = 300.0
+
+
+class _OwnLengths(StoppingCriteria):  # type: ignore[misc]
+    """Ends each row of a batch at its own length."""
+
+    def __init__(self, token_counts: Sequence[int]) -> None:
+        self._token_counts = torch.tensor(token_counts)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        return input_ids.shape[1] - 1 >= self._token_counts  # without the start token
+
+
+class Generate:
+    """transformers' `generate`, so many lines at a time in the order they come."""
+
+    def __init__(self, model: VisionEncoderDecoderModel, processor: Any, batch_size: int) -> None:
+        self._model, self._processor, self._batch_size = model, processor, batch_size
+
+    @torch.inference_mode()
+    def read(self, lines: Sequence[Line]) -> list[list[int]]:
+        texts: list[list[int]] = []
+        for start in range(0, len(lines), self._batch_size):
+            batch = lines[start : start + self._batch_size]
+            images = [Image.open(io.BytesIO(line.png)).convert("RGB") for line in batch]
+            counts = [line.token_count for line in batch]
+            sequences = self._model.generate(
+                self._processor(images, return_tensors="pt")["pixel_values"],
+                do_sample=False,
+                num_beams=1,
+                max_new_tokens=max(counts),
+                stopping_criteria=[_OwnLengths(counts)],
+            )
+            texts += [ids[1 : 1 + count] for ids, count in zip(sequences.tolist(), counts, strict=True)]
+        return texts
+
+
+class Engine:
+    """Inkwell's engine in this process, so many lines given to it at a time."""
+
+    def __init__(self, settings: Settings, callers: int) -> None:
+        self._engine: OcrEngine = create_engine(settings.model_dump_json())
+        self._model = settings.default_model_name
+        self._callers = callers
+
+    def read(self, lines: Sequence[Line]) -> list[list[int]]:
+        texts: dict[int, list[int]] = {}
+        waiting = iter(enumerate(lines))
+        self._submit(waiting, self._callers)
+        while len(texts) < len(lines):
+            for event in self._engine.step():
+                if isinstance(event, Failed):
+                    raise RuntimeError(event.fault.message)
+                if isinstance(event, Finished):
+                    read = msgspec.msgpack.decode(event.payload, type=domain.Recognition)
+                    texts[int(event.job)] = [token.id for token in read.hypotheses[0].tokens]
+                    self._submit(waiting, 1)
+        return [texts[number] for number in range(len(lines))]
+
+    def _submit(self, waiting: Iterator[tuple[int, Line]], count: int) -> None:
+        for _, (number, line) in zip(range(count), waiting, strict=False):
+            image = Image.open(io.BytesIO(line.png)).convert("RGB")
+            job = domain.ReadJob(
+                model=self._model,
+                line=domain.Line(image.width, image.height, image.tobytes()),
+                decoding=domain.Decoding(1, 1, 1.0, line.token_count),
+                partials=False,
+            )
+            self._engine.submit(str(number), Raw(msgspec.msgpack.encode(job)))
+
+
+class Service:
+    """Inkwell over gRPC, so many callers at a time."""
+
+    def __init__(self, service: local.Service, callers: int) -> None:
+        self._process = psutil.Process(service.pid)
+        self._client = Client(service.address, timeout_s=None)
+        self._callers = ThreadPoolExecutor(callers)
+
+    def read(self, lines: Sequence[Line]) -> list[list[int]]:
+        def call(line: Line) -> list[int]:
+            reading = self._client.read(line.png, beam_width=1, max_new_token_count=line.token_count)
+            return [token.id for token in reading.hypotheses[0].tokens]
+
+        return list(self._callers.map(call, lines))
+
+    def memory_bytes(self) -> int:
+        """Resident size of the front and its engine together."""
+        processes = [self._process, *self._process.children(recursive=True)]
+        return sum(process.memory_info().rss for process in processes)
+
+    def close(self) -> None:
+        self._callers.shutdown()
+        self._client.close()
+
+
+@contextmanager
+def served(settings: Settings, callers: int) -> Iterator[Service]:
+    """The OCR service with these settings, in processes of its own, ready to read."""
+    given = {
+        f"INKWELL_OCR_{name.upper()}": value if isinstance(value, str) else msgspec.json.encode(value).decode()
+        for name, value in settings.model_dump(mode="json", exclude_unset=True).items()
+    }
+    ports = {"ocr": (local.free_ports(1)[0], -1)}
+    with tempfile.TemporaryDirectory(prefix="inkwell-") as folder:
+        with patch.dict(os.environ, given):
+            process = local.spawn("ocr", ports, Path(folder))
+        try:
+            _wait_ready(process, Path(folder) / "ocr.log")
+            service = Service(process, callers)
+            try:
+                yield service
+            finally:
+                service.close()
+        finally:
+            local.stop([process])
+
+
+def _wait_ready(process: local.Service, log: Path) -> None:
+    deadline = time.monotonic() + READY_WITHIN_S
+    request = health_pb2.HealthCheckRequest(service="readiness")
+    with grpc.insecure_channel(process.address) as channel:
+        check = health_pb2_grpc.HealthStub(channel).Check
+        while True:
+            try:
+                status = check(request, timeout=5, wait_for_ready=True).status
+            except grpc.RpcError:
+                status = health_pb2.HealthCheckResponse.UNKNOWN
+            if status == health_pb2.HealthCheckResponse.SERVING:
+                return
+            if time.monotonic() > deadline or not psutil.pid_exists(process.pid):
+                raise RuntimeError(f"the OCR service did not get ready; its log:\n{log.read_text(errors='replace')}")
+            time.sleep(0.2)
