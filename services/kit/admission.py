@@ -70,13 +70,17 @@ class Admission:
     def running_count(self) -> int:
         return len(self._running)
 
-    def enter(self, *, priority: Priority, cost: float, time_left_s: float | None) -> Ticket:
+    def enter(
+        self, *, priority: Priority, cost: float, time_left_s: float | None, part_of_admitted: bool = False
+    ) -> Ticket:
         """Admit a call or raise Fault: QUEUE_FULL (OVERLOADED) or DEADLINE_TOO_SHORT (DEADLINE).
 
         cost: work relative to other calls of this service, above 0. time_left_s: until the caller's deadline.
+        part_of_admitted: it belongs to a call that was let in before, which bounds how many such parts there are; the
+        queue is never full for it, or new callers could keep it out for ever.
         """
         now = self._clock()
-        if len(self._waiting) >= self.queue_limit:
+        if len(self._waiting) >= self.queue_limit and not part_of_admitted:
             raise faults.overloaded(
                 "QUEUE_FULL",
                 f"{len(self._waiting)} calls wait already and the limit is {self.queue_limit}; retry later",

@@ -138,16 +138,25 @@ class EngineHost:
 
     # --- jobs ---
 
-    def admit(self, *, priority: Priority, time_left_s: float | None, cost: float = 1.0) -> Job:
+    def admit(
+        self,
+        *,
+        priority: Priority,
+        time_left_s: float | None,
+        cost: float = 1.0,
+        part_of_admitted: bool = False,
+    ) -> Job:
         """Reserve a place for a call or raise Fault (ENGINE_NOT_READY, QUEUE_FULL, DEADLINE_TOO_SHORT).
 
         cost: work relative to other calls of this service, above 0. time_left_s: until the caller's deadline, None
-        without one. Nothing is computed before `Job.start`.
+        without one. part_of_admitted: as in `Admission.enter`. Nothing is computed before `Job.start`.
         """
         if not self.ready:
             raise engine_not_ready()
         try:
-            ticket = self.admission.enter(priority=priority, cost=cost, time_left_s=time_left_s)
+            ticket = self.admission.enter(
+                priority=priority, cost=cost, time_left_s=time_left_s, part_of_admitted=part_of_admitted
+            )
         except Fault as fault:
             self._metrics.refused.labels(fault.data.reason).inc()
             raise

@@ -130,7 +130,7 @@ class OcrServicer(ocr_pb2_grpc.OcrServiceServicer):
         async def admit() -> None:
             await context.send_initial_metadata(())
 
-        caller = DocumentCaller(priority_of(context), lambda: time_left(context), admit)
+        caller = DocumentCaller(priority_of(context), time_left(context), admit)
         model = await self._model_of(request)
         decoding = converters.decoding_of(request.decoding, model)
         # Closed here, so that everything of the document has ended when the call has.

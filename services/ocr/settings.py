@@ -119,7 +119,7 @@ class Settings(ServiceSettings):
     document_memory_bytes: int = Field(
         2048 * MIB,
         ge=256 * MIB,
-        description="address space of the process that a document is rendered in, bytes; there is one for each document",
+        description="address space of the process that a document is opened in, bytes; each document has its own",
     )
     document_step_s: float = Field(
         60.0, gt=0, description="processor time that opening a document or rendering a page may take, seconds"

@@ -20,9 +20,10 @@ from PIL import Image
 
 from inkwell.ocr.v1 import ocr_pb2, ocr_pb2_grpc
 from services.kit.server import ServiceServer
+from services.kit.settings import MIB
 from services.ocr.__main__ import build
 from services.ocr.documents import render_worker
-from services.ocr.settings import MIB, Settings
+from services.ocr.settings import Settings
 from tests.support.documents import Told, alike, bare_pdf, encoded, encrypted_pdf, pdf, tiff, written
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")

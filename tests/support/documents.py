@@ -126,6 +126,7 @@ class Told:
 
     @property
     def result(self) -> ocr_pb2.DocumentResult:
+        result: ocr_pb2.DocumentResult
         (result,) = self.all("result")
         assert self.kinds[-1] == "result"
         return result

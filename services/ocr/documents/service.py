@@ -2,9 +2,10 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
@@ -34,8 +35,13 @@ class Caller:
     """Who wants a document read."""
 
     priority: Priority
-    time_left: Callable[[], float | None]  # seconds until the deadline, None without one
+    time_left_s: float | None  # until the deadline, as of now; None without one
     admit: Callable[[], Awaitable[None]]  # awaited once the call is admitted, before the first response
+    asked_at: float = field(default_factory=time.monotonic)
+
+    def time_left(self) -> float | None:
+        """Seconds until the deadline. Not asked of gRPC: a call whose caller has left may not be asked any more."""
+        return None if self.time_left_s is None else self.time_left_s - (time.monotonic() - self.asked_at)
 
 
 class DocumentMetrics:

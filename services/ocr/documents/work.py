@@ -43,8 +43,9 @@ class Worker:
     async def run(self, work: msgspec.Struct, *, cost: float) -> Done:
         """The result of a LayoutJob or ReadJob; `cost` as in `EngineHost.admit`.
 
-        The document was admitted, so a full queue is waited for, as is an engine that starts, and a job that went
-        down with its engine is sent again. Raises Fault when the job itself fails. Cancelling cancels the job.
+        The document was admitted, so its jobs find no queue full. What waits with too many bytes is waited for, as is
+        an engine that starts, and a job that went down with its engine is sent again. Raises Fault when the job itself
+        fails. Cancelling cancels the job.
         """
         lost = 0
         while True:
@@ -52,7 +53,7 @@ class Worker:
                 return await self._try(work, cost)
             except Fault as fault:
                 match fault.data.reason:
-                    case "QUEUE_FULL" | "QUEUE_BYTES_FULL":
+                    case "QUEUE_BYTES_FULL":
                         await asyncio.sleep((fault.data.retry_after_ms or 50) / 1000)
                     case "ENGINE_NOT_READY":
                         await self._until_ready(fault)
@@ -67,7 +68,7 @@ class Worker:
 
     async def _try(self, work: msgspec.Struct, cost: float) -> Done:
         # No deadline here: the whole document has one, and ends with all its jobs when it passes.
-        async with self._host.admit(priority=self._priority, time_left_s=None, cost=cost) as job:
+        async with self._host.admit(priority=self._priority, time_left_s=None, cost=cost, part_of_admitted=True) as job:
             job.start(work)
             async for event in job:
                 if isinstance(event, Accepted):

@@ -1,9 +1,12 @@
 """Small decisions on the way from pages to lines: which way up, how far, which pages, how large."""
 
+import asyncio
 import math
 import os
 import signal
+import sys
 
+import psutil
 import pytest
 
 from inkwell.ocr.v1 import ocr_pb2
@@ -166,6 +169,29 @@ async def test_a_render_process_that_stands_still_is_ended() -> None:
     assert lost.value.data.reason == "DOCUMENT_DAMAGED"
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+async def test_a_render_process_ends_with_its_front() -> None:
+    program = """
+import asyncio
+from services.ocr.documents.frames import Limits
+from services.ocr.documents.rendering import Rendering
+from tests.support.documents import bare_pdf
+
+async def main():
+    async with Rendering(Limits(1_000_000, 4, 1 << 31, 60.0)) as rendering:
+        await rendering.open(bare_pdf())
+        print(rendering.pid, flush=True)
+        await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+    front = await asyncio.create_subprocess_exec(sys.executable, "-c", program, stdout=asyncio.subprocess.PIPE)
+    assert front.stdout is not None
+    process = psutil.Process(int(await front.stdout.readline()))
+    front.kill()
+    await front.wait()
+    await asyncio.to_thread(process.wait, 20)
 
 
 async def test_a_document_that_takes_too_much_memory_is_refused() -> None:

@@ -44,6 +44,23 @@ async def test_more_jobs_than_the_queue_holds_are_all_done(host: EngineHost) -> 
     assert [n.value for n in read] == list(range(1, 9))
 
 
+async def test_callers_who_fill_the_queue_do_not_keep_a_document_out(host: EngineHost, tmp_path: Path) -> None:
+    release = tmp_path / "go"
+    held = Count(count=1, hold_at=1, release=str(release))
+    with_slot = host.admit(priority=Priority.NORMAL, time_left_s=None)
+    async with with_slot:
+        with_slot.start(held)
+        async with host.admit(priority=Priority.NORMAL, time_left_s=None) as waiting:
+            waiting.start(held)
+            with pytest.raises(Fault, match="QUEUE_FULL"):
+                host.admit(priority=Priority.NORMAL, time_left_s=None)
+            begun = asyncio.create_task(number(worker(host), Count(count=7)))
+            await asyncio.sleep(0)  # let it enter
+            assert host.admission.waiting_count == 2
+            release.touch()
+            assert (await begun).value == 7
+
+
 async def test_a_job_that_went_down_with_its_engine_is_sent_again(host: EngineHost, tmp_path: Path) -> None:
     accepted = asyncio.Event()
     work = Worker(host, Priority.NORMAL, wait_ready_s=60, on_accepted=accepted.set)
