@@ -16,6 +16,7 @@ NOISE = 3.0  # and from so many standard deviations of the paper
 FAINT = 0.5  # share of that threshold from which a pixel may belong to a rule, so that faint rules do not fall apart
 ALONG = 0.25  # heights of a line to average along a rule
 THIN = 0.2  # a rule is thinner than this share of a line's height
+THICKEST = 12  # pixels
 STRAIGHT = 2.5  # heights of a line that no stroke runs straight for
 LEANS = np.arange(-4.0, 4.01, 0.25)  # degrees that rules may lean against the writing
 SAMPLE = 60_000  # pixels that are enough to tell how the rules lean
@@ -41,12 +42,30 @@ def ink_of(view: Rgb, inside: Mask, height: float) -> Mask:
     rules = np.zeros_like(mask)
     for level in (True, False):
         mean = cv2.blur(contrast, (along, 1) if level else (1, along))
-        faint, cores = (mean > least).astype(np.uint8), inside
+        faint = (mean > least).astype(np.uint8)
         if level:
-            rules |= rules_of(faint, cores, height)
+            rules |= _less_crossings(rules_of(faint, inside, height), mask)
         else:
-            rules |= rules_of(np.ascontiguousarray(faint.T), np.ascontiguousarray(cores.T), height).T
+            across, cores, ink = (np.ascontiguousarray(image.T) for image in (faint, inside, mask))
+            rules |= _less_crossings(rules_of(across, cores, height), ink).T
     return _without(mask, rules)
+
+
+def _less_crossings(rules: Mask, mask: Mask) -> Mask:
+    """The level rules less the ink that runs on above or below: it belongs to strokes across them."""
+    own = mask & rules
+    total, thickness = int(own.sum()), 1
+    if not total:
+        return rules
+    # Rules are as thick as the most of their ink is.
+    while thickness < THICKEST and _tall(own, thickness + 1).sum() > 0.5 * total:
+        thickness += 1
+    return rules & (1 - _tall(mask, thickness + 2))
+
+
+def _tall(mask: Mask, height: int) -> Mask:
+    """What runs upright for so many pixels."""
+    return _uint8(cv2.morphologyEx(mask, cv2.MORPH_OPEN, np.ones((height, 1), np.uint8)))
 
 
 def rules_of(mask: Mask, inside: Mask, height: float) -> Mask:
@@ -54,12 +73,11 @@ def rules_of(mask: Mask, inside: Mask, height: float) -> Mask:
     long, thick = max(24, round(STRAIGHT * height)), max(6, round(THIN * height))
     if mask.shape[1] < long:
         return np.zeros_like(mask)
-    uprights = np.ones((thick, 1), np.uint8)
-    slope = _slope(mask & (1 - _uint8(cv2.morphologyEx(mask, cv2.MORPH_OPEN, uprights))), inside, height)
+    slope = _slope(mask & (1 - _tall(mask, thick)), inside, height)
     # What leans by a fraction of a degree leaves its row of pixels now and then: thicken it first.
     level = _shear(_uint8(cv2.dilate(mask, np.ones((3, 1), np.uint8))), -slope)
     runs = _uint8(cv2.morphologyEx(level, cv2.MORPH_OPEN, np.ones((1, long), np.uint8)))
-    return _shear(runs & (1 - _uint8(cv2.morphologyEx(runs, cv2.MORPH_OPEN, uprights))), slope)
+    return _shear(runs & (1 - _tall(runs, thick)), slope)
 
 
 def _slope(mask: Mask, inside: Mask, height: float) -> float:
