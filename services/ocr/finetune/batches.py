@@ -140,5 +140,5 @@ class Collator:
 
 def eval_pixels(lines: np.ndarray, processor: Any) -> Tensor:
     """Stored lines [lines, height, width, channels] as the model reads them."""
-    pixels: Tensor = normalise(torch.from_numpy(np.ascontiguousarray(lines)).permute(0, 3, 1, 2), processor)
+    pixels: Tensor = normalise(torch.from_numpy(np.array(lines)).permute(0, 3, 1, 2), processor)
     return pixels

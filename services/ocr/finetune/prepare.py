@@ -65,9 +65,8 @@ def gather(options: Options) -> Material:
         share=share,
         seed=options.seed,
         writers=options.validation_writers,
-        most_rows=0,
     )
-    validation = (validation or parts.validation)[: options.validation_lines or None]
+    validation = rows.sample(validation or parts.validation, options.validation_lines, options.seed)
     everything = [row for source in parts.train for row in source.rows] + validation
     try:
         weights([len(source.rows) for source in parts.train], [source.share for source in parts.train])

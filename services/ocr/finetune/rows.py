@@ -166,14 +166,12 @@ def _image_problem(read: Callable[[], bytes], limits: images.Limits) -> str | No
     return None
 
 
-def split(
-    sources: Sequence[Source], *, share: float, seed: int, writers: Sequence[str] = (), most_rows: int = 0
-) -> Split:
+def split(sources: Sequence[Source], *, share: float, seed: int, writers: Sequence[str] = ()) -> Split:
     """Hold out about `share` of the rows: whole writers where they are known, else by a hash of each row's name.
 
     With `writers` exactly those are held out. Rows without a writer in data that has writers stay in training. The
-    same rows are held out on every machine; the hash decides, and `seed` changes it. `most_rows` > 0 keeps only so many
-    of the held-out rows (the rest is not trained on either).
+    same rows are held out on every machine; the hash decides, and `seed` changes it. Raises BadFolder for a writer who
+    is not there, and if nothing would be left to train on.
     """
     rows = [row for source in sources for row in source.rows]
     known = sorted({row.writer for row in rows if row.writer})
@@ -201,12 +199,17 @@ def split(
     else:
         ordered = sorted(rows, key=lambda row: _hash(f"{seed}:{row.name}"))
         held = {id(row) for row in ordered[: min(len(rows) - 1, math.ceil(share * len(rows)))]}
+    validation = [row for row in rows if id(row) in held]
     train = [Source(s.name, [row for row in s.rows if id(row) not in held], s.share) for s in sources]
     train = [source for source in train if source.rows]
     if not train:
         raise BadFolder(["nothing is left to train on: all rows are held out"])
-    validation = sorted((row for row in rows if id(row) in held), key=lambda row: _hash(f"{seed}:{row.name}"))
-    return Split(train, validation[:most_rows] if most_rows else validation, sorted(chosen))
+    return Split(train, validation, sorted(chosen))
+
+
+def sample(rows: Sequence[Row], most: int, seed: int) -> list[Row]:
+    """At most so many of the rows (0: all), the same ones on every machine."""
+    return sorted(rows, key=lambda row: _hash(f"{seed}:{row.name}"))[: most or None]
 
 
 def _hash(text: str) -> bytes:

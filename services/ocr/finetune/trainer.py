@@ -27,6 +27,7 @@ from transformers import GenerationConfig, Trainer, TrainerCallback
 from services.ocr.finetune.batches import IGNORED, eval_pixels
 
 COMPLETE = "complete.json"
+WEIGHTS = "weights.safetensors"
 AVERAGE = "average.safetensors"
 _READ_TOGETHER = 32
 _LEAST_RATE = 0.01  # share of the peak rate that is left at the end
@@ -212,6 +213,17 @@ class ReadingTrainer(Trainer):  # type: ignore[misc]
             _save_state(self.reader, self.best_path)
 
     # --- checkpoints ---
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Weights under their names in memory.
+
+        The library's own files hold those of older releases (of ViT, for one), and its resuming ignores what it does
+        not find: such a run would go on with the base's encoder.
+        """
+        _save_state(self.accelerator.unwrap_model(self.model), Path(output_dir or self.args.output_dir) / WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_state(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint) / WEIGHTS)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)  # keeps the one before, which is whole

@@ -155,7 +155,7 @@ def _first(*values: int | None) -> int | None:
 
 
 def _all_characters(tokenizer: Any) -> list[str]:
-    return [token for token in tokenizer.get_vocab() if len(token) == 1]
+    return [token for token in tokenizer.get_vocab() if len(token) == 1 and can_write(tokenizer, token)]
 
 
 def _like(tokenizer: Any, inner: Tokenizer) -> Any:
@@ -173,7 +173,9 @@ def _origin(tokenizer: Any, character: str) -> tuple[int, ...]:
     base = unicodedata.normalize("NFD", character)[:1]
     for candidate in (character, base, character.swapcase(), base.swapcase()):
         if candidate.strip() and can_write(tokenizer, candidate):
-            return tuple(encode(tokenizer, candidate))
+            ids = encode(tokenizer, candidate)
+            inked = [token for token in ids if tokenizer.decode([token]).strip()]  # without the mark of a word's begin
+            return tuple(inked or ids)
     if character == " ":
         ids = encode(tokenizer, "a a")
         blank = [token for token in ids if tokenizer.decode([token]) == " "]

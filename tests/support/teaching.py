@@ -1,0 +1,55 @@
+"""Small labelled folders and runs of fine-tuning that take seconds."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = ("ab", "cd", "ef", "gh", "ij", "kl", "mn", "op")
+
+
+def write_lines(folder: Path, rows: Sequence[tuple[str, str]], *, header: str = "file\ttext\twriter") -> Path:
+    """A folder with labels.tsv; each row is (text, writer), its image shows the text."""
+    folder.mkdir(parents=True, exist_ok=True)
+    labels = [header]
+    for number, (text, writer) in enumerate(rows):
+        image = Image.new("L", (16 + 10 * len(text), 20), 255)
+        ImageDraw.Draw(image).text((6, 4), text, fill=0)
+        image.save(folder / f"{number}.png")
+        labels.append("\t".join((f"{number}.png", text, writer)[: header.count("\t") + 1]))
+    (folder / "labels.tsv").write_text("\n".join(labels) + "\n", "utf-8")
+    return folder
+
+
+def command(data: Path, base: Path, output: Path, *options: str) -> list[str]:
+    """Arguments behind the interpreter for a small run that computes exactly: float32, no distortion."""
+    return [
+        *("-m", "services.ocr.finetune", "--data", str(data), "--base", str(base), "--output", str(output)),
+        *("--validation", str(data), "--precision", "fp32", "--no-augment", "--token-noise", "0", "--rate", "2e-3"),
+        *("--batch", "4", "--patience", "0", "--weights", "float32", *options),
+    ]
+
+
+def environment() -> dict[str, str]:
+    """Of a child process: one thread, quiet."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "200"}
+
+
+def finetune(*arguments: str, expect: int = 0) -> str:
+    """Run it to its end; answers everything it printed."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=170,
+        check=False,
+    )
+    assert done.returncode == expect, done.stdout
+    return done.stdout
