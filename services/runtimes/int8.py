@@ -25,6 +25,8 @@ _LARGEST = 127
 _LEAST = 1e-30
 # Of the codes under dynamic rounding, which is symmetric.
 _MIDDLE = 128
+# From here to its double, float32 holds the integers and nothing between.
+_SHIFT = 2.0**23
 
 
 @dataclass(frozen=True)
@@ -203,18 +205,16 @@ class IntegerLinear(Int8Layer):
         self._product = product
         self._range = known
         self.packed_bytes = product.packed_bytes
-        self.offset: Tensor
-        self.register_buffer("offset", _offset(known), persistent=False)
 
     def forward(self, rows: Tensor) -> Tensor:
         """[..., in] to [..., out]."""
         flat = rows.reshape(-1, rows.shape[-1]).float()
         if self._range is not None:
-            codes = _codes_of(flat, self._range, self.offset)
+            codes = _codes_in(self._range, flat)
             result = self._product(codes, self._range.scale, self._range.zero_point, self.bias)
         else:
             largest = flat.abs().amax(1, keepdim=True).clamp_min_(_LEAST)
-            codes = torch.addcmul(self.offset, flat, _LARGEST / largest).to(torch.uint8)
+            codes = _codes((flat * (_LARGEST / largest)).add_(_SHIFT + _MIDDLE))
             result = self._product(codes, 1 / _LARGEST, _MIDDLE, None)
             result = result.mul_(largest) if self.bias is None else torch.addcmul(self.bias, result, largest)
         return result.view(*rows.shape[:-1], -1).to(rows.dtype)
@@ -236,15 +236,13 @@ class IntegerConv2d(Int8Layer):
             weight.values, weight.scale, self._input_scale, self._zero_point, *self._geometry
         )
         self.packed_bytes = weight.values.numel() + weight.scale.numel() * 4
-        self.offset: Tensor
-        self.register_buffer("offset", _offset(known), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """[images, in, height, width] to [images, out, height, width]."""
         if self._range is not None:
-            return self._product(_codes_of(images, self._range, self.offset), self.bias)
+            return self._product(_codes_in(self._range, images), self.bias)
         largest = images.abs().amax((1, 2, 3), keepdim=True).clamp_min_(_LEAST)
-        codes = torch.addcmul(self.offset, images, _LARGEST / largest).to(torch.uint8)
+        codes = _codes((images * (_LARGEST / largest)).add_(_SHIFT + _MIDDLE))
         result = self._product(codes, None).mul_(largest)
         return result if self.bias is None else result.add_(self.bias[:, None, None])
 
@@ -330,16 +328,21 @@ class MatrixProduct(nn.Module):
         return result if bias is None else result.add_(bias)
 
 
+def _codes(shifted: Tensor) -> Tensor:
+    """The uint8 codes in float32 numbers of _SHIFT + code.
+
+    What brought them there rounded them, and the code is the lowest byte. Converting to uint8 directly takes longer
+    than the product that follows: torch does not vectorize that conversion.
+    """
+    return shifted.view(torch.int32).to(torch.uint8)
+
+
+def _codes_in(known: InputRange, values: Tensor) -> Tensor:
+    shifted = torch.mul(values, 1 / known.scale).add_(_SHIFT + known.zero_point)
+    return _codes(shifted.clamp_(_SHIFT, _SHIFT + 255))
+
+
 def _float_layer(layer: Any, weight: Int8Weight, dtype: torch.dtype) -> Int8Layer:
     if isinstance(layer, nn.Conv2d):
         return FloatConv2d(layer, weight, dtype)
     return FloatLinear(weight, layer.bias, dtype)
-
-
-def _offset(known: InputRange | None) -> Tensor:
-    """What is added to scaled inputs: the zero point, and a half because conversion to integers cuts off."""
-    return torch.tensor((_MIDDLE if known is None else known.zero_point) + 0.5)
-
-
-def _codes_of(values: Tensor, known: InputRange, offset: Tensor) -> Tensor:
-    return torch.add(offset, values, alpha=1 / known.scale).clamp_(0, 255).to(torch.uint8)

@@ -34,13 +34,13 @@ def products(weight: Int8Weight) -> list[int8.OneDnnProduct | int8.MatrixProduct
 def rounded_by_largest(values: torch.Tensor, *, over: int) -> torch.Tensor:
     """Each of the first dimension, rounded to 127 steps of its largest value over the last dimensions."""
     largest = values.abs().amax(tuple(range(over, values.dim())), keepdim=True)
-    # In the same order as the layers: where two codes are equally near, the last bit decides.
-    codes = torch.addcmul(torch.tensor(128.5), values, 127 / largest).floor() - 128
+    # In the same order as the layers: where two codes are about equally near, the last bit decides.
+    codes = (values * (127 / largest)).round()
     return codes * largest / 127
 
 
 def rounded_by_range(values: torch.Tensor) -> torch.Tensor:
-    codes = torch.add(torch.tensor(RANGE.zero_point + 0.5), values, alpha=1 / RANGE.scale).floor().clamp(0, 255)
+    codes = (values * (1 / RANGE.scale) + RANGE.zero_point).round().clamp(0, 255)
     return (codes - RANGE.zero_point) * RANGE.scale
 
 
