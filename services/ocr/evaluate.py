@@ -24,8 +24,8 @@ from rich.table import Table
 
 from services.kit.engine_api import Engine, Failed, Finished, Raw
 from services.kit.faults import Fault
-from services.ocr import images
-from services.ocr.domain import BEAM_WIDTH_MOST, EngineInfo, ReadJob, Recognition
+from services.ocr import images, reliability
+from services.ocr.domain import BEAM_WIDTH_MOST, EngineInfo, ModelInfo, ReadJob, Recognition
 from services.ocr.settings import Settings
 
 LABELS = "labels.tsv"
@@ -51,7 +51,10 @@ class LineReport:
     read: str
     edits: int
     cer: float
-    confidence: float
+    confidence: float  # what callers are told
+    own_confidence: float  # the best hypothesis' own, before any calibration
+    blank: bool
+    repetition_suspected: bool
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,11 @@ class Report:
     wer: float
     exact_rate: float  # lines read without a mistake
     lines_per_second: float  # decoding of the images included, loading of the model not
+    # Mean distance between the confidence told and the share of right characters (reliability.py).
+    calibration_error: float
+    confidence_calibrated: bool
+    blank_count: int  # lines taken for empty
+    repetition_count: int  # lines whose text goes round in circles
     worst: tuple[LineReport, ...]  # most edits for their length first
 
 
@@ -133,6 +141,15 @@ def _problem(label: Label, columns: int, wanted: int, limits: images.Limits) -> 
 
 def evaluate(engine: Engine, labels: Sequence[Label], settings: Settings, *, model: str, beam_width: int = 0) -> Report:
     """Read every label's image with the engine, as many at a time as the service would; beam_width 0: the model's."""
+    began = time.perf_counter()
+    found, lines, width = read_lines(engine, labels, settings, model=model, beam_width=beam_width)
+    return _report(found, width, lines, time.perf_counter() - began)
+
+
+def read_lines(
+    engine: Engine, labels: Sequence[Label], settings: Settings, *, model: str, beam_width: int = 0
+) -> tuple[ModelInfo, list[LineReport], int]:
+    """How every line was read, in the order of the labels, by which model and with how many beams."""
     info = engine.info()
     assert isinstance(info, EngineInfo)
     found = info.find(model)
@@ -142,7 +159,6 @@ def evaluate(engine: Engine, labels: Sequence[Label], settings: Settings, *, mod
         decoding = msgspec.structs.replace(decoding, beam_width=beam_width)
     decoding = msgspec.structs.replace(decoding, hypothesis_count=1)
     limits = images.Limits(settings.max_image_bytes, settings.max_image_pixels, settings.min_image_side)
-    began = time.perf_counter()
     reads: dict[int, Recognition] = {}
     waiting = iter(enumerate(labels))
     under_way = 0
@@ -158,27 +174,43 @@ def evaluate(engine: Engine, labels: Sequence[Label], settings: Settings, *, mod
                 under_way -= 1
             elif isinstance(event, Failed):
                 raise RuntimeError(f"{labels[int(event.job)].file}: {event.fault.message}")
-    seconds = time.perf_counter() - began
-    return _report(found.name, decoding.beam_width, list(_lines(labels, reads)), seconds)
+    return found, list(_lines(labels, reads)), decoding.beam_width
 
 
 def _lines(labels: Sequence[Label], reads: dict[int, Recognition]) -> Iterator[LineReport]:
     for number, label in enumerate(labels):
-        best = reads[number].hypotheses[0]
+        read = reads[number]
+        best = read.hypotheses[0]
         edits = Levenshtein.distance(label.text, best.text)
-        yield LineReport(label.file, label.text, best.text, edits, edits / len(label.text), best.confidence)
+        yield LineReport(
+            file=label.file,
+            text=label.text,
+            read=best.text,
+            edits=edits,
+            cer=edits / len(label.text),
+            confidence=read.confidence,
+            own_confidence=best.confidence,
+            blank=read.blank,
+            repetition_suspected=read.repetition_suspected,
+        )
 
 
-def _report(model: str, beam_width: int, lines: list[LineReport], seconds: float) -> Report:
+def _report(model: ModelInfo, beam_width: int, lines: list[LineReport], seconds: float) -> Report:
     word_edits = sum(Levenshtein.distance(line.text.split(), line.read.split()) for line in lines)
     return Report(
-        model=model,
+        model=model.name,
         beam_width=beam_width,
         line_count=len(lines),
         cer=sum(line.edits for line in lines) / sum(len(line.text) for line in lines),
         wer=word_edits / max(1, sum(len(line.text.split()) for line in lines)),
         exact_rate=sum(line.edits == 0 for line in lines) / len(lines),
         lines_per_second=len(lines) / seconds,
+        calibration_error=reliability.expected_calibration_error(
+            [line.confidence for line in lines], [reliability.right_share(line.edits, line.text) for line in lines]
+        ),
+        confidence_calibrated=model.confidence_calibrated,
+        blank_count=sum(line.blank for line in lines),
+        repetition_count=sum(line.repetition_suspected for line in lines),
         worst=tuple(sorted(lines, key=lambda line: -line.cer)[:WORST_COUNT]),
     )
 
@@ -193,6 +225,9 @@ def show(report: Report, console: Console) -> None:
         "WER": f"{report.wer:.4f}",
         "exact lines": f"{report.exact_rate:.4f}",
         "lines/s": f"{report.lines_per_second:.1f}",
+        "calibration error": f"{report.calibration_error:.4f}" + ("" if report.confidence_calibrated else " (raw)"),
+        "blank": str(report.blank_count),
+        "repeating": str(report.repetition_count),
     }
     if not console.is_terminal:
         for name, value in figures.items():
@@ -222,7 +257,7 @@ def command(
 ) -> None:
     """Print character and word error rates (CER, WER) over a folder of labelled lines, through the real engine."""
     try:
-        settings = _settings_for(model)
+        settings = settings_for(model)
         limits = images.Limits(settings.max_image_bytes, settings.max_image_pixels, settings.min_image_side)
         labels = read_labels(folder, limits)
     except BadFolder as bad:
@@ -252,7 +287,7 @@ def command(
         show(report, Console())
 
 
-def _settings_for(model: str) -> Settings:
+def settings_for(model: str) -> Settings:
     """The service's settings with only the wanted model, which may be a source of its own."""
     settings = Settings()
     name = model or settings.default_model_name

@@ -28,12 +28,16 @@ _LONG_SIDE = 1024
 # A mark differs from its surroundings by so many of 256 grey levels. JPEG blocks and the grain of clean paper stay
 # below 8, the lightest pencil is some 20.
 _CONTRAST = 9.0
+# ... or in one colour alone by so many: rules and stains differ a little in colour from any paper.
+_COLOUR_CONTRAST = 30.0
 # ... and by so many times what the paper itself shows there, which its noise makes some 2 standard deviations.
 _OVER_PAPER = 4.0
 # ... unless the paper is so free of noise that what it shows must be strokes: this many standard deviations.
 _OVER_NOISE = 20.0
 # In lines of fewer pixels height, strokes cannot be told from noise and rules.
 _LOW = 24
+# Scanners that sharpen, and image libraries, draw light edges along dark rules: of their contrast, so much.
+_HALO = 0.3
 # Parts of the line's height: the surroundings that a mark is compared with, and the window marks are counted in.
 _SURROUNDINGS = 1 / 3
 _WINDOW = 0.14
@@ -54,17 +58,17 @@ def is_blank(line: Line) -> bool:
     image = Image.frombytes("RGB", (line.width, line.height), line.pixels)
     down = max(1, min(line.width, line.height) // _SHORT_SIDE)
     image = image.reduce((max(down, line.width // _LONG_SIDE), max(down, line.height // _LONG_SIDE)))
-    if _has_writing(np.asarray(image.convert("L"), np.float32)):
+    if _has_writing(np.asarray(image.convert("L"), np.float32), _CONTRAST):
         return False
     # Ink of another colour may be as bright as its paper.
     colours = np.asarray(image, np.float32)
-    return not any(_has_writing(colours[..., channel]) for channel in range(3))
+    return not any(_has_writing(colours[..., channel], _COLOUR_CONTRAST) for channel in range(3))
 
 
-def _has_writing(plane: Plane) -> bool:
-    """plane: [height, width], 0 to 255."""
+def _has_writing(plane: Plane, least: float) -> bool:
+    """plane: [height, width], 0 to 255. least: contrast that marks must have."""
     plane = _smooth(plane)
-    if float(plane.max() - plane.min()) < _CONTRAST:
+    if float(plane.max() - plane.min()) < least:
         return False
     reach = max(3, round(plane.shape[0] * _SURROUNDINGS / 2))
     if _light_on_dark(plane, reach):
@@ -77,9 +81,10 @@ def _has_writing(plane: Plane) -> bool:
     if plane.shape[0] >= _LOW:
         paper = _OVER_PAPER * float(np.median(dark[::2, ::2]))
         threshold = max(threshold, min(paper, _OVER_NOISE * _noise(plane)))
-    if _holds_marks(dark, threshold):
+    if _holds_marks(dark, threshold, least):
         return True
-    return _holds_marks(ground + _least(-_least(ground, reach), reach), threshold)
+    halo = _HALO * float(np.quantile(dark[::2, ::2], 0.98))
+    return _holds_marks(ground + _least(-_least(ground, reach), reach), threshold, max(least, halo))
 
 
 def _smooth(plane: Plane) -> Plane:
@@ -132,10 +137,10 @@ def _shifted(plane: NDArray[T], axis: int, count: int) -> list[NDArray[T]]:
     return [plane[n : n + size] if axis == 0 else plane[:, n : n + size] for n in range(count)]
 
 
-def _holds_marks(contrast: Plane, threshold: float) -> bool:
+def _holds_marks(contrast: Plane, threshold: float, least: float) -> bool:
     """Whether there are marks when ruled lines, specks and what hangs in from the edge are taken away.
 
-    contrast: how far each pixel is from its ground.
+    contrast: how far each pixel is from its ground; threshold: what is more than paper; least: what marks must have.
     """
     mask = contrast > threshold
     if not mask.any():
@@ -151,6 +156,7 @@ def _holds_marks(contrast: Plane, threshold: float) -> bool:
             mask &= ~_rules(everything.T).T
     # The blur around a mark is not the mark: half of the strongest contrast near by.
     contrast = np.where(mask, contrast, 0)
+    mask &= contrast > least
     mask &= contrast > -_least(-contrast, 3) / 2
     if _fills_a_window(mask & inner, height):
         return True
@@ -182,7 +188,7 @@ def _rules(mask: Mask) -> Mask:
     height, width = mask.shape
     rules = np.zeros_like(mask)
     borders = np.linspace(0, width, max(1, width // (4 * height)) + 1).astype(int)
-    thickest = max(3, round(_RULE_THICKNESS * min(height, width)))
+    thickest = max(4, round(_RULE_THICKNESS * min(height, width)))
     for begin, end in itertools.pairwise(borders):
         stretch = end - begin
         needed = (_RULE_COVERAGE if stretch >= 4 * height else _RULE_COVERAGE_SHORT) * stretch

@@ -63,6 +63,13 @@ def test_error_rates_are_edits_over_the_labels(folder: Path, engine: OcrEngine) 
     assert report.exact_rate == 0.25
     edits = 0 + 1 + 1 + max(8, len(fourth))
     assert report.cer == pytest.approx(edits / sum(map(len, labels)))
+    rights = [1.0, 1 - 1 / len(labels[1]), 1 - 1 / len(labels[2]), 0.0]
+    told = [read.confidence for read in report.worst]
+    assert sorted(told) == sorted(read.own_confidence for read in report.worst)
+    by_file = {read.file: read.confidence for read in report.worst}
+    distances = [abs(by_file[f"{n}.png"] - right) for n, right in enumerate(rights)]
+    assert report.calibration_error == pytest.approx(sum(distances) / 4)
+    assert (report.confidence_calibrated, report.blank_count, report.repetition_count) == (False, 0, 0)
     assert report.worst[0].file == "3.png"
     assert (report.worst[0].text, report.worst[0].read) == ("ÄÄÄÄÄÄÄÄ", fourth)
     assert report.lines_per_second > 0
@@ -108,8 +115,8 @@ def test_an_unknown_model_is_refused(folder: Path) -> None:
 
 
 def test_a_terminal_sees_tables_and_a_pipe_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    worst = (evaluate.LineReport("a.png", "Straße", "Strasse", 2, 2 / 6, 0.5),)
-    report = evaluate.Report("m", 1, 1, 2 / 6, 1.0, 0.0, 9.0, worst)
+    worst = (evaluate.LineReport("a.png", "Straße", "Strasse", 2, 2 / 6, 0.5, 0.5, False, False),)
+    report = evaluate.Report("m", 1, 1, 2 / 6, 1.0, 0.0, 9.0, 0.1667, False, 0, 1, worst)
     evaluate.show(report, Console(force_terminal=True, width=100))
     assert "Worst lines" in capsys.readouterr().out
     evaluate.show(report, Console(force_terminal=False))
@@ -121,6 +128,9 @@ def test_a_terminal_sees_tables_and_a_pipe_plain_lines(capsys: pytest.CaptureFix
         "WER\t1.0000",
         "exact lines\t0.0000",
         "lines/s\t9.0",
+        "calibration error\t0.1667 (raw)",
+        "blank\t0",
+        "repeating\t1",
         "worst\ta.png\t0.333\tStraße\tStrasse",
     ]
 
