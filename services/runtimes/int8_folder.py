@@ -31,6 +31,8 @@ _VALUES, _SCALE = ".weight_int8", ".weight_scale"
 _INPUT_SCALE, _INPUT_ZERO_POINT = ".input_scale", ".input_zero_point"
 # What an int8 folder takes over: configurations and tokenizers.
 _TAKEN_OVER = ("*.json", "*.txt", "*.model")
+# A calibration is for the weights that it was fitted on.
+_LEFT_OUT = ("calibration.json",)
 
 
 def write(
@@ -50,7 +52,7 @@ def write(
     fresh.mkdir(parents=True)
     for pattern in _TAKEN_OVER:
         for file in source.glob(pattern):
-            if not file.name.endswith(".safetensors.index.json"):
+            if not file.name.endswith(".safetensors.index.json") and file.name not in _LEFT_OUT:
                 shutil.copyfile(file, fresh / file.name)
     config = json.loads((fresh / "config.json").read_text("utf-8"))
     config[CONFIG_KEY] = {"format": FORMAT, "precision": precision}
