@@ -76,7 +76,9 @@ class Detector:
     def _run(self, image: Rgb) -> TextMap:
         height, width = image.shape[:2]
         below, beside = -height % STRIDE, -width % STRIDE
-        padded = cv2.copyMakeBorder(image, 0, below, 0, beside, cv2.BORDER_REPLICATE)
+        # Paper, because streaks drawn out of the last row look like writing.
+        paper = [float(value) for value in np.median(image.reshape(-1, 3)[:: max(1, image.size // 30_000)], axis=0)]
+        padded = cv2.copyMakeBorder(image, 0, below, 0, beside, cv2.BORDER_CONSTANT, value=paper)
         # Blue first, as the network was taught.
         pixels = padded[:, :, ::-1].astype(np.float32) * np.float32(1 / 127.5) - np.float32(1)
         batch = np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
