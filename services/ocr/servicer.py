@@ -72,9 +72,7 @@ class OcrServicer(ocr_pb2_grpc.OcrServiceServicer):
         self._limits = images.Limits(settings.max_image_bytes, settings.max_image_pixels, settings.min_image_side)
         # Bounded, so that a flood of large images cannot take every core from the engine.
         self._decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="image")
-        self._documents = Documents(
-            host, settings, metrics.registry, executor=self._decoders, count_reading=self._count_reading
-        )
+        self._documents = Documents(host, settings, metrics, executor=self._decoders, count_reading=self._count_reading)
 
     def close(self) -> None:
         """Let go of the decoding threads."""

@@ -294,6 +294,8 @@ async def test_a_document_beyond_the_queue_is_refused_before_any_header(service:
     assert detail(status, error_details_pb2.RetryInfo).retry_delay.ToMilliseconds() > 0
     assert dict(await third.trailing_metadata())["grpc-retry-pushback-ms"]
     assert not await third.initial_metadata()
+    registry = service.server.metrics.registry
+    assert registry.get_sample_value("inkwell_refused_total", {"reason": "QUEUE_FULL"}) == 1
     first.cancel()
     assert Told([response async for response in second]).result.page_count == 2
 

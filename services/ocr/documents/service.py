@@ -15,6 +15,8 @@ from inkwell.version import __version__
 from services.kit import faults
 from services.kit.admission import Priority
 from services.kit.engine_host import EngineHost, engine_not_ready
+from services.kit.faults import Fault
+from services.kit.metrics import Metrics
 from services.ocr import document_converters as converters
 from services.ocr.documents import exports, kinds
 from services.ocr.documents.course import Course
@@ -72,7 +74,7 @@ class Documents:
         self,
         host: EngineHost,
         settings: Settings,
-        registry: CollectorRegistry,
+        metrics: Metrics,
         *,
         executor: Executor,
         count_reading: Callable[[Recognition, ModelInfo], None],
@@ -86,7 +88,8 @@ class Documents:
             queue_limit=settings.document_queue_limit,
             queue_bytes_limit=settings.queue_bytes_limit,
         )
-        self._metrics = DocumentMetrics(registry, self._places)
+        self._refused = metrics.refused
+        self._metrics = DocumentMetrics(metrics.registry, self._places)
         self._limits = Limits(
             max_page_pixels=settings.max_page_pixels,
             min_page_side=settings.min_image_side,
@@ -116,9 +119,7 @@ class Documents:
             )
         if not self._host.ready:
             raise engine_not_ready()
-        with self._places.enter(
-            priority=caller.priority, time_left_s=caller.time_left(), size_bytes=len(request.content)
-        ) as place:
+        with self._enter(caller, len(request.content)) as place:
             await caller.admit()
             while (position := await place.next_position()) is not None:
                 yield converters.queued(position)
@@ -150,6 +151,13 @@ class Documents:
                             yield response
             place.completed = True
             yield converters.result(summary, queue_ms=place.queue_ms, engine_ms=place.run_ms)
+
+    def _enter(self, caller: Caller, size_bytes: int) -> Place:
+        try:
+            return self._places.enter(priority=caller.priority, time_left_s=caller.time_left(), size_bytes=size_bytes)
+        except Fault as fault:
+            self._refused.labels(fault.data.reason).inc()
+            raise
 
     async def _reading(
         self, reader: Reader, plan: Plan, model: ModelInfo, files: "_Files", place: Place
