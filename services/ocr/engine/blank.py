@@ -16,6 +16,7 @@ from PIL import Image
 from services.ocr.domain import Line
 
 Plane = NDArray[np.float32]
+Levels = NDArray[np.uint8]  # grey levels; ~ turns dark into light
 Mask = NDArray[np.bool_]
 T = TypeVar("T", bound=np.generic)
 
@@ -72,19 +73,21 @@ def _has_writing(plane: Plane, least: float) -> bool:
         return False
     reach = max(3, round(plane.shape[0] * _SURROUNDINGS / 2))
     if _light_on_dark(plane, reach):
-        plane = -plane
+        plane = 255 - plane
+    noise = _noise(plane)
+    levels = plane.round().astype(np.uint8)
     # Grey-scale closing: what dark marks stand on. Where there are no marks, opening it finds light ones; not on the
     # plane itself, where the paper between two ruled lines would be one.
-    ground = _least(-_least(-plane, reach), reach)
-    dark = ground - plane
+    ground = _least(~_least(~levels, reach), reach)
+    dark = ground - levels
     threshold = _CONTRAST
     if plane.shape[0] >= _LOW:
         paper = _OVER_PAPER * float(np.median(dark[::2, ::2]))
-        threshold = max(threshold, min(paper, _OVER_NOISE * _noise(plane)))
+        threshold = max(threshold, min(paper, _OVER_NOISE * noise))
     if _holds_marks(dark, threshold, least):
         return True
     halo = _HALO * float(np.quantile(dark[::2, ::2], 0.98))
-    return _holds_marks(ground + _least(-_least(ground, reach), reach), threshold, max(least, halo))
+    return _holds_marks(ground - ~_least(~_least(ground, reach), reach), threshold, max(least, halo))
 
 
 def _smooth(plane: Plane) -> Plane:
@@ -100,7 +103,8 @@ def _light_on_dark(plane: Plane, side: int) -> bool:
     height, width = (max(1, size // side) for size in plane.shape)
     squares = plane[: height * side, : width * side]
     squares = squares.reshape(height, squares.shape[0] // height, width, squares.shape[1] // width)
-    return bool(((squares - squares.mean((1, 3), keepdims=True)) ** 3).mean() > 0)
+    apart = squares - squares.mean((1, 3), keepdims=True)
+    return bool((apart * apart * apart).mean() > 0)
 
 
 def _noise(plane: Plane) -> float:
@@ -115,10 +119,10 @@ def _noise(plane: Plane) -> float:
     return least / 0.3186 / math.sqrt(2 / 3)
 
 
-def _least(plane: Plane, reach: int) -> Plane:
+def _least(plane: Levels, reach: int) -> Levels:
     """Minimum over the square of 2 * reach + 1 pixels around each; what is outside the image does not count."""
     for axis in (0, 1):
-        plane = np.pad(plane, _sides(axis, reach, reach), constant_values=np.inf)
+        plane = np.pad(plane, _sides(axis, reach, reach), constant_values=255)
         covered, wanted = 1, 2 * reach + 1
         while covered < wanted:
             step = min(covered, wanted - covered)
@@ -137,7 +141,7 @@ def _shifted(plane: NDArray[T], axis: int, count: int) -> list[NDArray[T]]:
     return [plane[n : n + size] if axis == 0 else plane[:, n : n + size] for n in range(count)]
 
 
-def _holds_marks(contrast: Plane, threshold: float, least: float) -> bool:
+def _holds_marks(contrast: Levels, threshold: float, least: float) -> bool:
     """Whether there are marks when ruled lines, specks and what hangs in from the edge are taken away.
 
     contrast: how far each pixel is from its ground; threshold: what is more than paper; least: what marks must have.
@@ -155,9 +159,10 @@ def _holds_marks(contrast: Plane, threshold: float, least: float) -> bool:
         if width >= 2 * height:  # else an upright line may well be an "l"
             mask &= ~_rules(everything.T).T
     # The blur around a mark is not the mark: half of the strongest contrast near by.
-    contrast = np.where(mask, contrast, 0)
+    contrast = np.where(mask, contrast, np.uint8(0))
     mask &= contrast > least
-    mask &= contrast > -_least(-contrast, 3) / 2
+    strongest = ~_least(~contrast, 3)
+    mask &= contrast > strongest - strongest // 2
     if _fills_a_window(mask & inner, height):
         return True
     return _fills_a_window(mask & ~_hanging_in(everything & ~inner), height)
@@ -199,7 +204,8 @@ def _rules(mask: Mask) -> Mask:
         # The row of each pixel if lines that fall by so much over the stretch were level. At the right fall, lines
         # pile up in the fewest rows.
         falls = np.arange(-shift, shift + 1)
-        levels = [ys + shift - (xs * fall) // stretch for fall in falls]
+        along = np.arange(stretch)
+        levels = [ys + (shift - along * fall // stretch)[xs] for fall in falls]
         piles = [np.bincount(level, minlength=height + 2 * shift + 1) for level in levels]
         best = int(np.argmax([np.square(pile, dtype=np.int64).sum() for pile in piles]))
         on_line = _thin(piles[best] >= needed, thickest)[levels[best]]

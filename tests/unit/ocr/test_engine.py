@@ -230,3 +230,31 @@ def test_settings_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     assert (settings.default_model_name, settings.max_image_pixels) == ("mine", 123)
     with pytest.raises(ValidationError, match="'nobody' is not one of models"):
         Settings(default_model="nobody")
+
+
+def test_an_image_waits_for_others_only_so_long(engine: OcrEngine) -> None:
+    now = 0.0
+    lane = Lane(lane_in(engine).model, 32, 3, 10.0, encoder_wait_s=5.0, clock=lambda: now)
+    reader = Reader(engine_of(lane))
+    reader.submit("first", scribble(1), GREEDY)
+    for _ in range(4):
+        reader.step()
+    assert lane.rows_in_use == 0
+    now = 5.0
+    reader.step()
+    assert lane.rows_in_use == 1
+    # A full batch does not wait, and the line under way goes on while one that is not full does.
+    reader.submit("second", scribble(2), beams(1, length=3))
+    reader.step()
+    first = reader.reads["first"]
+    while first.recognition is None:
+        reader.step()
+        assert lane.rows_in_use <= 1
+    assert reader.reads["second"].recognition is None
+    for name in ("third", "fourth"):
+        reader.submit(name, scribble(3), beams(1, length=3))
+    reader.step()
+    reader.step()
+    assert lane.rows_in_use == 3
+    now = 20.0
+    reader.finish()
