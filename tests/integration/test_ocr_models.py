@@ -434,7 +434,8 @@ def states_of(folder: Path, contents: list[bytes]) -> np.ndarray:
     processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     images = [Image.open(io.BytesIO(content)).convert("L") for content in contents]
     with torch.inference_mode():
-        return model.encoder(processor(images, return_tensors="pt")["pixel_values"])[0].numpy()
+        states: np.ndarray = model.encoder(processor(images, return_tensors="pt")["pixel_values"])[0].numpy()
+    return states
 
 
 def array(tensor: common_pb2.Tensor) -> np.ndarray:

@@ -11,9 +11,10 @@ from services.kit.engine_api import Accepted, Cancelled, Described, Failed, Fini
 from services.ocr.domain import Decoding, EarlyStopping, Line, Partial, ReadJob, Recognition
 from services.ocr.engine.embedding import Embedder
 from services.ocr.engine.lane import Lane
+from services.ocr.engine.loading import Desk
 from services.ocr.engine.main import OcrEngine
 from services.ocr.engine.pages import Pages
-from services.ocr.engine.shelf import Desk, Shelf
+from services.ocr.engine.shelf import Shelf
 from services.ocr.settings import Settings
 from services.runtimes.hardware import detect
 

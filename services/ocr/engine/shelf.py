@@ -1,22 +1,19 @@
 """The models in memory: loaded, warmed, used, unloaded, and the jobs that wait for one.
 
-Everything happens on the engine's own thread but the two slow parts of loading: looking at a checkpoint (which may have
-to be fetched first), and reading and warming it. Those run one after another on a second thread, while the engine goes
-on with the models that it has. A model that has to leave finishes its jobs first; jobs that come for it meanwhile wait
-until it is loaded again, so that nothing that was taken in is lost.
+Everything happens on the engine's own thread but the two slow parts of loading (engine/loading.py), which run one after
+another on a second thread while the engine goes on with the models that it has. A model that has to leave finishes its
+jobs first; jobs that come for it meanwhile wait until it is loaded again, so that nothing that was taken in is lost.
 """
 
 import gc
 import itertools
 import queue
 import sys
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 import msgspec
@@ -26,49 +23,18 @@ from services.kit import faults
 from services.kit.engine_api import Accepted, Described, EngineEvent, Failed, Finished, Raw, Update
 from services.kit.faults import Fault
 from services.ocr import catalog
-from services.ocr.domain import EmbedJob, EngineInfo, Loading, LoadJob, ModelInfo, Precision, ReadJob, UnloadJob
-from services.ocr.engine import memory, model
+from services.ocr.domain import EmbedJob, EngineInfo, Loading, LoadJob, Precision, ReadJob, UnloadJob
+from services.ocr.engine import memory
 from services.ocr.engine.embedding import Embedder
 from services.ocr.engine.lane import Lane
-from services.ocr.engine.warming import warm
+from services.ocr.engine.loading import Checked, Desk, Loader, fault_of
 from services.ocr.settings import Settings
-from services.runtimes import checkpoints, int8_folder, torch_trocr
-from services.runtimes.checkpoints import CheckpointError, CheckpointMissingError
+from services.runtimes.checkpoints import CheckpointError
 from services.runtimes.hardware import Hardware
 
 _encoder = msgspec.msgpack.Encoder()
 
 T = TypeVar("T")
-
-
-@dataclass
-class Desk:
-    """A loaded model and the jobs in it."""
-
-    lane: Lane
-    embedder: Embedder
-    last_used: int = 0
-    # Jobs that come from now on wait for the model to be loaded again: it has to leave.
-    closing: bool = False
-    unloaders: list[str] = field(default_factory=list)  # UnloadJobs that wait for it to leave
-
-    @property
-    def info(self) -> ModelInfo:
-        """What callers see of the model."""
-        return self.lane.model.info
-
-    @property
-    def idle(self) -> bool:
-        """Whether no job is in it."""
-        return not (self.lane.busy or self.embedder.busy)
-
-
-@dataclass
-class _Checked:
-    """A checkpoint that was looked at."""
-
-    folder: Path
-    needed_bytes: int
 
 
 @dataclass
@@ -80,8 +46,8 @@ class _Load:
     jobs: list[str] = field(default_factory=list)
     unloaders: list[str] = field(default_factory=list)  # UnloadJobs that came meanwhile
     stage: Loading = Loading("waiting")
-    checked: _Checked | None = None
-    future: "Future[_Checked] | Future[Desk] | None" = None
+    checked: Checked | None = None
+    future: "Future[Checked] | Future[Desk] | None" = None
     evicted: list[str] = field(default_factory=list)  # that left for it, or are about to
 
 
@@ -95,7 +61,7 @@ class Shelf:
         self.desks: dict[str, Desk] = {}
         self.wake: Callable[[], None] = lambda: None
         self._settings = settings
-        self._hardware = hardware
+        self._loader = Loader(settings, hardware)
         self._limit = limit
         self._retiring: list[Desk] = []  # replaced by the same model in another precision, finishing their jobs
         self._loads: deque[_Load] = deque()  # the first is under way
@@ -138,8 +104,8 @@ class Shelf:
         Those after the first that do not fit beside the ones before are left for the first call that names them.
         """
         for name in names:
-            precision = self._precision(name, None)
-            checked = self._check(_Load(name, precision))
+            precision = self._loader.precision(name, None)
+            checked = self._loader.check(name, precision)
             held = sum(desk.info.weight_bytes for desk in self.desks.values())
             if checked.needed_bytes > self._limit:
                 raise CheckpointError(self._too_large(name, checked, precision))
@@ -150,7 +116,7 @@ class Shelf:
                     file=sys.stderr,
                 )
                 continue
-            self.desks[name] = self._read(_Load(name, precision), checked)
+            self.desks[name] = self._loader.read(name, precision, checked)
         self.advance()
         self._events.clear()  # the engine's first description says it all
 
@@ -166,14 +132,14 @@ class Shelf:
             raise self._unknown(job.model)
         self._parked.setdefault(job.model, {})[job_id] = job
         if not any(load.name == job.model for load in self._loads):
-            self._loads.append(_Load(job.model, self._precision(job.model, None)))
+            self._loads.append(_Load(job.model, self._loader.precision(job.model, None)))
         self.advance()
 
     def load(self, job_id: str, job: LoadJob) -> None:
         """Load a known model unless it is loaded with that precision; raises Fault for a name that is not known."""
         if job.model not in catalog.known_models(self._settings):
             raise self._unknown(job.model)
-        precision = self._precision(job.model, job.precision)
+        precision = self._loader.precision(job.model, job.precision)
         self._events.append(Accepted(job_id))
         desk = self.desks.get(job.model)
         if desk is not None and not desk.closing and desk.info.precision == precision:
@@ -264,7 +230,7 @@ class Shelf:
             try:
                 result = done.result()
             except BaseException as error:  # noqa: BLE001 - whatever a broken folder does, the others go on
-                self._fail(load, _fault_of(load.name, error))
+                self._fail(load, fault_of(load.name, error))
                 return True
             if isinstance(result, Desk):
                 self._shelve(load, result)
@@ -277,7 +243,7 @@ class Shelf:
         if desk is not None and desk.closing:
             return False  # the same model is about to leave; that comes first
         if load.checked is None:
-            load.future = self._start(load, partial(self._check, load))
+            load.future = self._start(load, partial(self._loader.check, load.name, load.precision))
             return False
         try:
             if not self._make_room(load, load.checked):
@@ -286,7 +252,9 @@ class Shelf:
             self._fail(load, fault)
             return True
         self._enter(load, Loading("reading_weights", tuple(load.evicted)))
-        load.future = self._start(load, partial(self._read, load, load.checked))
+        warming = partial(self._report, load, Loading("warming", tuple(load.evicted)))
+        work = partial(self._loader.read, load.name, load.precision, load.checked, when_read=warming)
+        load.future = self._start(load, work)
         return False
 
     def _start(self, load: _Load, work: Callable[[], T]) -> "Future[T]":
@@ -304,7 +272,7 @@ class Shelf:
         for job_id in load.jobs:
             self._tell(job_id, stage)
 
-    def _make_room(self, load: _Load, checked: _Checked) -> bool:
+    def _make_room(self, load: _Load, checked: Checked) -> bool:
         """Let models leave until the load fits; False while some still have jobs. Raises Fault if it never fits."""
         if checked.needed_bytes > self._limit:
             raise faults.too_large(
@@ -404,87 +372,11 @@ class Shelf:
     def _tell(self, job_id: str, stage: Loading) -> None:
         self._events.append(Update(job_id, Raw(_encoder.encode(stage))))
 
-    def _precision(self, name: str, wanted: Precision | None) -> Precision:
-        """What is wanted, else what is set, else what the model's folder was made for, else the hardware's best."""
-        choice = wanted or self._settings.precision
-        known = catalog.known_models(self._settings).get(name) if choice == "auto" else None
-        made_for = int8_folder.precision_of(Path(known.source).expanduser()) if known else None
-        return made_for or torch_trocr.choose_precision(choice, self._hardware)
-
     def _unknown(self, name: str) -> Fault:
         return faults.not_found("model", name, catalog.known_models(self._settings), field="model")
 
-    def _too_large(self, name: str, checked: _Checked, precision: Precision) -> str:
+    def _too_large(self, name: str, checked: Checked, precision: Precision) -> str:
         return (
             f"{name} takes {checked.needed_bytes} bytes as {precision} and the limit for all models is {self._limit}"
             " (memory_limit_bytes)"
         )
-
-    # --- loading, on its own thread ---
-
-    def _check(self, load: _Load) -> _Checked:
-        """Fetch a checkpoint if it is not here yet, and see what it needs; raises CheckpointError."""
-        known = catalog.known_models(self._settings).get(load.name)
-        if known is None:
-            raise CheckpointMissingError("there is no such model any more")
-        pickles = self._settings.allow_pickled_weights
-        folder = checkpoints.fetch(checkpoints.resolve(known.source), allow_pickled_weights=pickles)
-        checkpoints.read_config(folder)
-        checkpoints.require_weights(folder, allow_pickled_weights=pickles)
-        try:
-            count = catalog.parameter_count(folder)
-        except ValueError as error:
-            raise CheckpointError(f"{folder}: {error}") from None
-        # The size of a pickle is that of its numbers, float32 in all older checkpoints.
-        needed = catalog.file_bytes(folder) if count is None else memory.needed_bytes(count, load.precision)
-        return _Checked(folder, needed)
-
-    def _read(self, load: _Load, checked: _Checked) -> Desk:
-        """Read and warm a model; raises CheckpointError."""
-        settings = self._settings
-        reading = model.load(
-            load.name, checked.folder, precision=load.precision, settings=settings, hardware=self._hardware
-        )
-        self._report(load, Loading("warming", tuple(load.evicted)))
-        step_s = settings.encoder_step_ms / 1000
-        desk = Desk(
-            Lane(
-                model=reading,
-                max_rows=settings.max_rows,
-                encoder_batch_size=settings.encoder_batch_size,
-                encoder_step_s=step_s,
-                encoder_wait_s=settings.encoder_wait_ms / 1000,
-                detect_blank=settings.detect_blank,
-            ),
-            Embedder(reading, batch_size=settings.encoder_batch_size, step_s=step_s),
-        )
-        warm(desk.lane)
-        return desk
-
-
-def _fault_of(name: str, error: BaseException) -> Fault:
-    """Why a model could not be loaded, as its callers are told."""
-    match error:
-        case Fault():
-            return error
-        case CheckpointMissingError():
-            return Fault(
-                faults.FaultData(
-                    faults.Kind.NOT_FOUND,
-                    "MODEL_FILES_NOT_FOUND",
-                    f"model {name}: {error}",
-                    resource=faults.Resource("model", name),
-                )
-            )
-        case CheckpointError():
-            return faults.failed_precondition("MODEL_UNUSABLE", f"model {name}: {error}", model=name)
-        case MemoryError() | torch.OutOfMemoryError():
-            return faults.overloaded(
-                "MODEL_MEMORY_FULL",
-                f"model {name}: the machine had no memory left for it; unload another or lower memory_limit_bytes",
-                retry_after_ms=5000,
-                model=name,
-            )
-        case _:
-            traceback.print_exception(error)
-            return faults.internal(f"loading model {name} failed in an unforeseen way; the service's log has more")
