@@ -15,14 +15,14 @@ from .text import TextSource
 def held_out(data: Path, out: Path) -> None:
     """Links to every line of the held-out DHSD writers."""
     (out / "img").mkdir(parents=True, exist_ok=True)
-    rows = ["file\ttext"]
+    rows = ["file\ttext\twriter"]
     for row in (data / "dhsd" / "labels.tsv").read_text(encoding="utf-8").splitlines()[1:]:
         file, text, writer = row.split("\t")[:3]
         if writer in HELD_OUT_WRITERS:
             link = out / "img" / Path(file).name
             link.unlink(missing_ok=True)
             link.symlink_to((data / "dhsd" / file).resolve())
-            rows.append(f"img/{link.name}\t{text}")
+            rows.append(f"img/{link.name}\t{text}\t{writer}")
     (out / "labels.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
