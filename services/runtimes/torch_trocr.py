@@ -64,7 +64,7 @@ def load(
                 trust_remote_code=False,
                 dtype=torch.float32,
                 output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
+                ignore_mismatched_sizes=True,  # they are refused below, by name
             )
     except (MemoryError, torch.OutOfMemoryError, CheckpointError):
         raise
@@ -363,7 +363,11 @@ class Rows:
 
 
 def _seats(sources: Sequence[int]) -> list[int]:
-    """A place below len(sources) for each source, its own where that is free, so that little has to be moved."""
+    """A place below len(sources) for each source, its own where that is free, so that little has to be moved.
+
+    A place other than the source's own is never a source too: the first to ask for a source below len(sources) stays
+    there.
+    """
     places: list[int | None] = [None] * len(sources)
     free = set(range(len(sources)))
     for index, source in enumerate(sources):
@@ -375,9 +379,8 @@ def _seats(sources: Sequence[int]) -> list[int]:
 
 
 def _move(cache: Tensor, sources: Sequence[int], places: Sequence[int]) -> None:
-    """Copy rows (dimension 2) of a cache, all read before any is written."""
-    moves = [(source, place) for source, place in zip(sources, places, strict=True) if source != place]
-    if moves:
-        sources_index = torch.tensor([source for source, _ in moves], device=cache.device)
-        places_index = torch.tensor([place for _, place in moves], device=cache.device)
-        cache[:, :, places_index] = cache[:, :, sources_index]
+    """Copy rows (dimension 2) of a cache to places out of `_seats`."""
+    for source, place in zip(sources, places, strict=True):
+        if source != place:
+            # One by one: gathering them first takes memory as large again, and up to seven times as long.
+            cache[:, :, place] = cache[:, :, source]
