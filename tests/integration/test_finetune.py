@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from services.kit.engine_api import Finished, Raw
+from services.kit.engine_api import Engine, Failed, Finished, Raw
 from services.ocr import images
 from services.ocr.catalog import card_languages
 from services.ocr.domain import ReadJob, Recognition
@@ -23,7 +23,15 @@ from services.ocr.finetune.rows import DEFAULT_LIMITS
 from services.ocr.settings import Settings
 from tests.support import tiny_trocr
 from tests.support.reading import GREEDY
-from tests.support.teaching import ROOT, WORDS, command, environment, finetune, write_lines
+from tests.support.teaching import (
+    ROOT,
+    WORDS,
+    command,
+    environment,
+    finetune,
+    finetune_in_children,
+    write_lines,
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +48,13 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_lines(tmp_path_factory.mktemp("data") / "lines", [(word, "") for word in WORDS])
 
 
-def read(model: Path, image: Path) -> str:
-    """What the service's engine reads with the model."""
-    engine = create_engine(Settings(models={"taught": str(model)}).model_dump_json())
+def read(engine: Engine, model: str, image: Path) -> str:
+    """What the service's engine reads with a model, which it loads when it is first named."""
     line = images.decode(image.read_bytes(), DEFAULT_LIMITS)
-    engine.submit("job", Raw(msgspec.msgpack.encode(ReadJob("taught", line, GREEDY, False))))
+    engine.submit("job", Raw(msgspec.msgpack.encode(ReadJob(model, line, GREEDY, False))))
     while True:
         for event in engine.step():
+            assert not isinstance(event, Failed), event.fault
             if isinstance(event, Finished):
                 return msgspec.msgpack.decode(event.payload, type=Recognition).hypotheses[0].text
 
@@ -65,14 +73,17 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
 
 def test_a_taught_model_reads_what_it_was_shown(base: Path, lines: Path, tmp_path: Path) -> None:
     output = tmp_path / "taught"
+    engine = create_engine(Settings(models={"base": str(base)}, model_folder=str(tmp_path)).model_dump_json())
+    assert read(engine, "base", lines / "0.png") != WORDS[0]
     printed = finetune(
         *command(lines, base, output, "--steps", "150", "--evaluations", "3", "--language", "de", "--test", str(lines))
     )
     assert "8 lines to train on" in printed
     cers = [line.split() for line in printed.splitlines() if line.startswith("CER") and "after" in line]
     assert all(float(words[1]) > 0.5 > 0.1 > float(words[3]) for words in cers), printed
-    assert read(output, lines / "0.png") == WORDS[0]
-    assert read(output, lines / "3.png") == WORDS[3]
+    # An engine that has been running since before finds it in its folder of models.
+    assert read(engine, "taught", lines / "0.png") == WORDS[0]
+    assert read(engine, "taught", lines / "3.png") == WORDS[3]
     assert card_languages(output) == ("de",)
     assert "| validation | 8 |" in (output / "README.md").read_text("utf-8")
     # The line it prints to serve the model is the one that works.
@@ -120,10 +131,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(base: Path, lines: Path
 def test_two_processes_learn_what_one_learns(base: Path, lines: Path, tmp_path: Path) -> None:
     settings = ("--steps", "40", "--evaluations", "1", "--keep", "last")
     finetune(*command(lines, base, tmp_path / "one", *settings))
-    finetune(
-        *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", sys.executable),
-        *command(lines, base, tmp_path / "two", *settings),
-    )
+    finetune_in_children(*command(lines, base, tmp_path / "two", *settings), processes=2)
     finetune(*command(lines, base, tmp_path / "parts", *settings, "--accumulate", "2"))
     one = losses(tmp_path / "one")
     assert len(one) == 4

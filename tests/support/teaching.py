@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import typer
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,9 +41,31 @@ def environment() -> dict[str, str]:
 
 
 def finetune(*arguments: str, expect: int = 0) -> str:
-    """Run it to its end; answers everything it printed."""
+    """Run it to its end in this process, on one thread as children do; answers everything it printed."""
+    import torch
+    from typer.testing import CliRunner
+
+    from services.ocr.finetune.__main__ import command as finetune_command
+
+    app = typer.Typer()
+    app.command()(finetune_command)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        done = CliRunner().invoke(app, arguments[2:], env={"COLUMNS": "200"})
+    finally:
+        torch.set_num_threads(threads)
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    assert done.exit_code == expect, done.output
+    return done.output
+
+
+def finetune_in_children(*arguments: str, processes: int) -> None:
+    """Run it to its end in several processes, as torchrun does."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
     done = subprocess.run(
-        [sys.executable, *arguments],
+        [sys.executable, *launcher, *arguments],
         cwd=ROOT,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -51,5 +74,4 @@ def finetune(*arguments: str, expect: int = 0) -> str:
         timeout=170,
         check=False,
     )
-    assert done.returncode == expect, done.stdout
-    return done.stdout
+    assert done.returncode == 0, done.stdout

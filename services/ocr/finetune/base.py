@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoImageProcessor, AutoTokenizer, VisionEncoderDecoderModel
+from transformers import AutoImageProcessor, AutoTokenizer, VisionEncoderDecoderConfig, VisionEncoderDecoderModel
 
 from services.ocr.finetune.vocabulary import Choice, Vocabulary, choose, resize, trained_from_new
 from services.runtimes import checkpoints, torch_trocr
@@ -91,9 +91,10 @@ def forget(base: Base, seed: int) -> None:
     """Random weights on the same architecture, in place: what training from scratch starts from."""
     torch.manual_seed(seed)
     generation = base.model.generation_config
-    base.model = VisionEncoderDecoderModel(config=base.model.config)
+    # Through a dictionary: a loaded configuration insists on the attention of the whole for each part.
+    base.model = VisionEncoderDecoderModel(VisionEncoderDecoderConfig.from_dict(base.model.config.to_dict()))
+    base.model.tie_weights()
     base.model.generation_config = generation
-    # The stem of a hybrid DPT or ViT takes any numbers; everything initialises itself.
 
 
 def freeze(model: VisionEncoderDecoderModel, what: str, *, learn_tokens: bool) -> None:

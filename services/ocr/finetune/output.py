@@ -75,10 +75,16 @@ def replace_folder(fresh: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def public_name(source: str) -> str:
+    """A hub id as it is; of a place on this machine only its last part."""
+    path = Path(source).expanduser()
+    return path.name if path.exists() else source
+
+
 def card(options: Options, facts: Facts) -> str:
     """The model card: front matter that the Hub and the service read, then what was done and measured."""
     head: dict[str, object] = {
-        "base_model": options.base,
+        "base_model": public_name(options.base),
         "library_name": "transformers",
         "pipeline_tag": "image-to-text",
         "tags": ["trocr", "handwriting", "inkwell"],
@@ -88,7 +94,7 @@ def card(options: Options, facts: Facts) -> str:
         head = {"language": list(options.languages), **head}
     lines = ["---", yaml.safe_dump(head, sort_keys=False, allow_unicode=True).strip(), "---", ""]
     lines += [f"# {options.output.name}", ""]
-    start = "the same architecture with random weights" if options.scratch else f"`{options.base}`"
+    start = "the same architecture with random weights" if options.scratch else f"`{public_name(options.base)}`"
     lines += [f"Reads one line of handwriting. Trained on {date.today().isoformat()} from {start}.", ""]
     if facts.measures:
         lines += ["## Measured quality", "", "Character error rate, greedy.", ""]
@@ -98,7 +104,7 @@ def card(options: Options, facts: Facts) -> str:
             lines += ["", "The validation lines chose among the checkpoints, which flatters their figure a little."]
         lines += [""]
     lines += ["## Data", "", "| source | lines | writers |", "|---|---|---|"]
-    lines += [f"| {name} | {count} | {writers or 'unknown'} |" for name, count, writers in facts.data]
+    lines += [f"| {public_name(name)} | {count} | {writers or 'unknown'} |" for name, count, writers in facts.data]
     lines += ["", f"Held out: {facts.held_out}.", ""]
     lines += ["## Training", "", f"- learned: {facts.learned}"]
     if facts.added:

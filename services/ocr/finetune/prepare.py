@@ -115,7 +115,8 @@ class Prepared:
             if not pairs:
                 continue
             kept = [row for row, _ in pairs]
-            images = resized(kept, base.processor, base.channels, cache, wider=wider, grey=are_grey(kept))
+            tick = _progress(say, source.name, len(kept))
+            images = resized(kept, base.processor, base.channels, cache, wider=wider, grey=are_grey(kept), tick=tick)
             self.sources.append(Lines(images, [tokens for _, tokens in pairs]))
             self.shares.append(source.share)
         for reason, count in sorted(self.left_out.items()):
@@ -150,10 +151,23 @@ class Prepared:
         return [item for item in (self.validation, *self.tests) if item is not None]
 
 
+def _progress(say: Say, name: str, count: int) -> Callable[[], None]:
+    """To be called for each line that is resized; tells every ten thousand."""
+    done = 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if done % 10_000 == 0:
+            say(f"Resized     {done} of {count} lines of {name}", soft_wrap=True)
+
+    return tick
+
+
 def _held_out(options: Options, material: Material) -> str:
     count = len(material.validation)
     if options.validation:
-        return f"{count} lines of {', '.join(options.validation)}"
+        return f"{count} lines of {', '.join(Path(place).name for place in options.validation)}"
     if not count:
         return "nothing, so the last weights are kept"
     if material.split.validation_writers:

@@ -40,6 +40,7 @@ RUN = "run.json"
 def run(options: Options, console: Console) -> int:
     """Do what is asked; answers the process's exit code. Raises Refused or BadFolder before anything is trained."""
     _quiet()
+    torch.manual_seed(options.seed)  # loading draws what a folder lacks, such as a pooler that no reading uses
     arguments = _arguments(options)
     first = arguments.process_index == 0
     say = console.print if first else _say_nothing
@@ -311,6 +312,8 @@ def _conclude(say: Say, options: Options, measures: Sequence[output.Measure], ch
     say("Serve it:", soft_wrap=True)
     models = json.dumps({options.output.name: str(options.output.resolve())})
     say(f"  INKWELL_OCR_MODELS='{models}' python -m services.ocr", highlight=False, soft_wrap=True)
+    say(f"or, where one runs with INKWELL_OCR_MODEL_FOLDER={options.output.resolve().parent}:", soft_wrap=True)
+    say(f"  inkwell models load {options.output.name}", highlight=False, soft_wrap=True)
 
 
 def _best_path(options: Options) -> Path:

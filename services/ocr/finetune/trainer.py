@@ -58,7 +58,15 @@ class Clock(TrainerCallback):  # type: ignore[misc]
     """Decides when to evaluate, save and stop; the same in all processes, because the first one's clock counts."""
 
     def __init__(
-        self, *, steps: int, seconds: float, evaluations: int, save_seconds: float, warmup: int, patience: int
+        self,
+        *,
+        steps: int,
+        seconds: float,
+        evaluations: int,
+        save_seconds: float,
+        warmup: int,
+        patience: int,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.steps, self.seconds = steps, seconds
         self.evaluations, self.save_seconds = evaluations, save_seconds
@@ -66,13 +74,14 @@ class Clock(TrainerCallback):  # type: ignore[misc]
         self.progress = Progress()
         self.share = 0.0  # of the run that is done, 0..1
         self.stop_asked = False
+        self._now = now
         self._before = 0.0
-        self._began = time.monotonic()
+        self._began = now()
         self._saved = 0.0
 
     def start(self) -> None:
         """Begin to count, from what the progress says."""
-        self._before, self._began, self._saved = self.progress.elapsed, time.monotonic(), self.progress.elapsed
+        self._before, self._began, self._saved = self.progress.elapsed, self._now(), self.progress.elapsed
 
     def factor(self, step: int) -> float:
         """The learning rate at a step as a share of its peak: a straight warm-up, then half a cosine."""
@@ -82,9 +91,7 @@ class Clock(TrainerCallback):  # type: ignore[misc]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Read the clock once for this step, in agreement with the other processes."""
-        values = torch.tensor(
-            [self._before + time.monotonic() - self._began, float(self.stop_asked)], dtype=torch.float64
-        )
+        values = torch.tensor([self._before + self._now() - self._began, self.stop_asked], dtype=torch.float64)
         if args.world_size > 1:
             values = values.to(args.device)
             dist.all_reduce(values, op=dist.ReduceOp.MAX)
@@ -220,7 +227,8 @@ class ReadingTrainer(Trainer):  # type: ignore[misc]
         The library's own files hold those of older releases (of ViT, for one), and its resuming ignores what it does
         not find: such a run would go on with the base's encoder.
         """
-        _save_state(self.accelerator.unwrap_model(self.model), Path(output_dir or self.args.output_dir) / WEIGHTS)
+        if self.args.should_save:
+            _save_state(self.accelerator.unwrap_model(self.model), Path(output_dir or self.args.output_dir) / WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_state(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint) / WEIGHTS)

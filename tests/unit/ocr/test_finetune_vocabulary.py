@@ -79,6 +79,21 @@ def test_the_output_stays_tied_to_the_embeddings(base: Base) -> None:
     assert decoder.output_projection.weight.data_ptr() == decoder.get_input_embeddings().weight.data_ptr()
 
 
+def test_from_scratch_nothing_is_left_but_the_shape() -> None:
+    base = bases.load(str(Path(__file__).parents[3] / "models" / "handwriting-tiny"))
+    before = {name: value.clone() for name, value in base.model.named_parameters()}
+    bases.forget(base, 0)
+    after = dict(base.model.named_parameters())
+    assert {name: value.shape for name, value in after.items()} == {name: value.shape for name, value in before.items()}
+    learnt = [name for name, value in before.items() if value.dim() > 1 and "pooler" not in name]
+    assert not any(torch.equal(before[name], after[name]) for name in learnt)
+    decoder = base.model.decoder
+    assert decoder.output_projection.weight.data_ptr() == decoder.get_input_embeddings().weight.data_ptr()
+    first = {name: value.clone() for name, value in after.items()}
+    bases.forget(base, 0)
+    assert all(torch.equal(first[name], value) for name, value in base.model.named_parameters())
+
+
 def bpe() -> PreTrainedTokenizerFast:
     inner = Tokenizer(models.BPE(unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Metaspace()
