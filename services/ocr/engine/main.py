@@ -13,7 +13,7 @@ from services.ocr.domain import EmbedJob, EngineInfo, LayoutJob, LoadJob, ReadJo
 from services.ocr.engine.layout import Detector, DetectorMissing
 from services.ocr.engine.pages import Pages
 from services.ocr.engine.shelf import Shelf
-from services.ocr.engine.turns import Stepper, Turns
+from services.ocr.engine.turns import Turns
 from services.ocr.settings import MEMORY_SHARE, Settings
 from services.runtimes.checkpoints import CheckpointError
 from services.runtimes.hardware import detect, free_memory
@@ -31,8 +31,9 @@ class OcrEngine:
         self._cancelled: list[EngineEvent] = []
 
     def on_wake(self, wake: Callable[[], None]) -> None:
-        """`wake` is called when a model that was being loaded has come a step further."""
+        """`wake` is called when a model that is being loaded or a page has come a step further."""
         self.shelf.wake = wake
+        self._pages.wake = wake
 
     def info(self) -> EngineInfo:
         """The loaded models."""
@@ -59,22 +60,19 @@ class OcrEngine:
 
     @property
     def busy(self) -> bool:
-        """Whether `step` has something to do; a model that is only being loaded is no work."""
-        return bool(self._cancelled) or self.shelf.busy or bool(self._working())
+        """Whether `step` has something to do; what goes on on other threads is no work until it is done."""
+        return bool(self._cancelled) or self.shelf.busy or self._pages.busy or any(self.shelf.working())
 
     @torch.inference_mode()
     def step(self) -> list[EngineEvent]:
-        """One encoder micro-batch, one decoding step or one page of whoever has had the least time."""
+        """One encoder micro-batch or one decoding step of whoever has had the least time."""
         events, self._cancelled = self._cancelled, []
         self.shelf.advance()
         events += self.shelf.take_events()
-        if working := self._working():
+        events += self._pages.take_events()
+        if working := list(self.shelf.working()):
             events += self._turns.step(working)
         return events
-
-    def _working(self) -> list[Stepper]:
-        working: list[Stepper] = list(self.shelf.working())
-        return [*working, self._pages] if self._pages.busy else working
 
 
 def create_engine(settings_json: str) -> OcrEngine:

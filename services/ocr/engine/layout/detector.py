@@ -48,6 +48,8 @@ class Detector:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
+        # Its threads must sleep while they wait: lines are read on the same cores meanwhile.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # An arena keeps the largest page's memory for ever.
         options.enable_cpu_mem_arena = False
         options.log_severity_level = 3
