@@ -17,6 +17,7 @@ _BINS = 2048
 _CODES = 255
 # Ranges tried: these shares of the way from zero to the least and to the greatest value seen.
 _SHARES = torch.linspace(0.04, 1.0, 49, dtype=torch.float64)
+_PASSES = 3
 
 
 class Histogram:
@@ -46,19 +47,29 @@ class Histogram:
         centres = (edges[1:] + edges[:-1]) / 2
         used = self._counts > 0
         centres, counts = centres[used], self._counts[used]
-        best, least_error = InputRange(1.0, 0), float("inf")
-        # Where there are no values on one side of zero there is nothing to try on that side.
-        for low in _SHARES * self._least if self._least < 0 else [torch.tensor(0.0)]:
-            high = (_SHARES * self._greatest if self._greatest > 0 else torch.zeros(1, dtype=torch.float64))[:, None]
-            scale = ((high - low) / _CODES).clamp_min(1e-12)
-            zero_point = (-low / scale).round().clamp(0, _CODES)
-            codes = (centres / scale + zero_point).round().clamp(0, _CODES)
-            errors = (((codes - zero_point) * scale - centres) ** 2 * counts).sum(1)
-            place = int(errors.argmin())
-            if float(errors[place]) < least_error:
-                least_error = float(errors[place])
-                best = InputRange(float(scale[place, 0]), int(zero_point[place, 0]))
-        return best
+        low = torch.tensor([self._least], dtype=torch.float64)
+        high = torch.tensor([self._greatest], dtype=torch.float64)
+        for _ in range(_PASSES):
+            # One end after the other: trying all pairs takes long and finds hardly better ones.
+            lows = _SHARES * self._least
+            low = lows[_squared_errors(lows, high, centres, counts).argmin()].view(1)
+            highs = _SHARES * self._greatest
+            high = highs[_squared_errors(low, highs, centres, counts).argmin()].view(1)
+        scale, zero_point = _range(low, high)
+        return InputRange(float(scale), int(zero_point))
+
+
+def _range(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales and zero points of the ranges between these ends."""
+    scale = ((high - low) / _CODES).clamp_min(1e-12)
+    return scale, (-low / scale).round().clamp(0, _CODES)
+
+
+def _squared_errors(low: Tensor, high: Tensor, values: Tensor, counts: Tensor) -> Tensor:
+    """What rounding so many of each value by each range costs in all."""
+    scale, zero_point = (end[:, None] for end in _range(low, high))
+    codes = (values / scale + zero_point).round_().clamp_(0, _CODES)
+    return ((codes - zero_point).mul_(scale).sub_(values).square_() * counts).sum(1)
 
 
 @contextmanager
