@@ -136,6 +136,30 @@ async def test_decoding_options_are_followed(service: Service) -> None:
         assert hypothesis.score == pytest.approx(hypothesis.log_probability / len(hypothesis.tokens) ** 0.5)
 
 
+async def test_an_empty_line_is_blank_on_every_method(service: Service) -> None:
+    buffer = io.BytesIO()
+    Image.new("L", (300, 50), 230).save(buffer, "PNG")
+    before = service.metric("inkwell_batch_size_count", model="tiny")
+    read = (await service.stub.Recognize(request(buffer.getvalue()))).recognition
+    assert read.blank
+    assert [(h.text, len(h.tokens)) for h in read.hypotheses] == [("", 0)]
+    assert (read.confidence, read.confidence_calibrated, read.truncated) == (1.0, False, False)
+    streamed = request(buffer.getvalue(), kind=ocr_pb2.StreamRecognizeRequest)
+    events = [e.WhichOneof("event") async for e in service.stub.StreamRecognize(streamed)]
+    assert [event for event in events if event != "queued"] == ["started", "result"]
+    (answer,) = [a async for a in service.stub.BatchRecognize(each(batch_item("x", buffer.getvalue())))]
+    assert answer.result.blank
+    assert service.metric("inkwell_batch_size_count", model="tiny") == before
+
+
+async def test_no_repeat_ngram_size_is_followed(service: Service) -> None:
+    read = (await service.stub.Recognize(request(decoding={"no_repeat_ngram_size": 1}))).recognition
+    ids = [token.id for token in read.hypotheses[0].tokens]
+    assert len(ids) == len(set(ids))
+    assert not read.blank
+    assert read.confidence == pytest.approx(read.hypotheses[0].confidence)
+
+
 async def test_truncation_is_told(service: Service) -> None:
     one = (await service.stub.Recognize(request(decoding={"max_new_token_count": 1}))).recognition
     assert one.truncated

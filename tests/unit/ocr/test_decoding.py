@@ -19,6 +19,7 @@ from tests.support import tiny_trocr
 from tests.support.reading import GREEDY, Reader, beams, engine_of, generate, lane_in, scribble
 
 LINES = [scribble(seed) for seed in range(12)]
+OTHERS = [beams(1, ngram=2), beams(4, ngram=1, stopping="first"), beams(3, ngram=3, penalty=2.0, stopping="never")]
 
 
 def check_equal(engine: OcrEngine, model: VisionEncoderDecoderModel, decoding: Decoding, **options: object) -> None:
@@ -104,9 +105,18 @@ def test_other_models_and_their_generation_configs_equal_generate(
     check_equal(engine, model, msgspec.structs.replace(own, beam_width=4, hypothesis_count=4))
 
 
-def test_log_probabilities_are_the_models_own(engine: OcrEngine, tiny_model: VisionEncoderDecoderModel) -> None:
+@pytest.mark.parametrize(
+    "generation",
+    [{}, {"forced_bos_token_id": 9, "forced_eos_token_id": tiny_trocr.EOS}, {"suppress_tokens": [12, 13, 16, 17]}],
+    ids=str,
+)
+def test_log_probabilities_are_the_models_own_even_of_tokens_that_are_forced(
+    tmp_path: Path, tiny_model: VisionEncoderDecoderModel, generation: dict[str, Any]
+) -> None:
+    folder = tiny_trocr.save(tmp_path, tiny_trocr.build(), **generation)
+    engine = create_engine(Settings(models={"tiny": str(folder)}, threads=1).model_dump_json())
     reader = Reader(engine)
-    tries = [(line, decoding) for line in LINES[:3] for decoding in (GREEDY, beams(3))]
+    tries = [(line, decoding) for line in LINES[:3] for decoding in (GREEDY, beams(3), *OTHERS)]
     reads = [reader.submit(str(number), *tried) for number, tried in enumerate(tries)]
     reader.finish()
     for (line, _), read in zip(tries, reads, strict=True):
@@ -124,8 +134,6 @@ def test_log_probabilities_are_the_models_own(engine: OcrEngine, tiny_model: Vis
             assert hypothesis.confidence == pytest.approx(math.exp(sum(wanted) / len(wanted)), abs=1e-4)
             assert "".join(token.text for token in hypothesis.tokens) == hypothesis.text
 
-
-OTHERS = [beams(1, ngram=2), beams(4, ngram=1, stopping="first"), beams(3, ngram=3, penalty=2.0, stopping="never")]
 
 # A call: which line, how it is read, how many steps pass before the next call, and whom to cancel then.
 CALLS = st.lists(
