@@ -129,9 +129,9 @@ def test_log_probabilities_are_the_models_own_even_of_tokens_that_are_forced(
                     decoder_input_ids=torch.tensor([[tiny_trocr.BOS, *ids[:-1]]]),
                 ).logits[0]
             wanted = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
-            assert [token.log_probability for token in hypothesis.tokens] == pytest.approx(wanted, abs=1e-4)
-            assert hypothesis.log_probability == pytest.approx(sum(wanted), abs=1e-3)
-            assert hypothesis.confidence == pytest.approx(math.exp(sum(wanted) / len(wanted)), abs=1e-4)
+            assert [token.log_probability for token in hypothesis.tokens] == pytest.approx(wanted, abs=5e-4)
+            assert hypothesis.log_probability == pytest.approx(sum(wanted), abs=5e-3)
+            assert hypothesis.confidence == pytest.approx(math.exp(sum(wanted) / len(wanted)), abs=5e-4)
             assert "".join(token.text for token in hypothesis.tokens) == hypothesis.text
 
 
