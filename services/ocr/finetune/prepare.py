@@ -24,54 +24,47 @@ class Material:
     split: rows.Split
     validation: list[rows.Row]
     tests: list[tuple[str, list[rows.Row]]]
-    everything: list[rows.Row]
+    everything: list[rows.Row]  # what is trained on and what chooses
 
 
 def gather(options: Options) -> Material:
-    """Read and check all lines; raises BadFolder with every bad row of every source, Refused for shares that do not add
-    up."""
-    problems: list[str] = []
-    sources: list[rows.Source] = []
+    """Read and check all lines.
 
-    def collect(place: str, share: float | None, dataset: bool) -> list[rows.Row]:
+    Raises BadFolder with every bad row of every source, Refused for shares that do not add up.
+    """
+    problems: list[str] = []
+
+    def found(place: str, share: float | None = None, *, dataset: bool = False) -> list[rows.Source]:
         try:
-            found = (
-                rows.read_dataset(place, options.columns, share) if dataset else rows.read_folder(Path(place), share)
-            )
+            if dataset:
+                return [rows.read_dataset(place, options.columns, share)]
+            return [rows.read_folder(Path(place), share)]
         except BadFolder as bad:
             problems.extend(bad.problems)
             return []
-        if share is not None or place in chosen:
-            sources.append(found)
-        return list(found.rows)
 
-    chosen: list[str] = []
+    def lines(place: str) -> list[rows.Row]:
+        return [row for source in found(place) for row in source.rows]
+
     try:
-        parsed = [(*rows.parse_source(text), False) for text in options.data]
-        parsed += [(*rows.parse_source(text), True) for text in options.dataset]
+        folders = [rows.parse_source(text) for text in options.data]
+        datasets = [rows.parse_source(text) for text in options.dataset]
     except ValueError as error:
         raise Refused(str(error)) from None
-    for place, share, dataset in parsed:
-        chosen.append(place)
-        collect(place, share, dataset)
-    chosen.clear()
-    validation = [row for place in options.validation for row in collect(place, None, False)]
-    tests = [(Path(place).name, collect(place, None, False)) for place in options.test]
+    sources = [source for place, share in folders for source in found(place, share)]
+    sources += [source for place, share in datasets for source in found(place, share, dataset=True)]
+    validation = [row for place in options.validation for row in lines(place)]
+    tests = [(Path(place).name, lines(place)) for place in options.test]
     if problems:
         raise BadFolder(problems)
     share = 0.0 if options.validation else options.validation_share
-    parts = rows.split(
-        sources,
-        share=share,
-        seed=options.seed,
-        writers=options.validation_writers,
-    )
+    parts = rows.split(sources, share=share, seed=options.seed, writers=options.validation_writers)
     validation = rows.sample(validation or parts.validation, options.validation_lines, options.seed)
-    everything = [row for source in parts.train for row in source.rows] + validation
     try:
         weights([len(source.rows) for source in parts.train], [source.share for source in parts.train])
     except ValueError as error:
         raise Refused(str(error)) from None
+    everything = [row for source in parts.train for row in source.rows] + validation
     return Material(parts, validation, tests, everything)
 
 

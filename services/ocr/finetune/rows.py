@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -214,12 +214,3 @@ def sample(rows: Sequence[Row], most: int, seed: int) -> list[Row]:
 
 def _hash(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
-
-
-def characters(rows: Iterator[Row] | Sequence[Row]) -> dict[str, int]:
-    """How often each character occurs in the texts."""
-    counts: dict[str, int] = {}
-    for row in rows:
-        for character in row.text:
-            counts[character] = counts.get(character, 0) + 1
-    return counts
