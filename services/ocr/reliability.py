@@ -61,7 +61,7 @@ def _fitted(confidences: Sequence[float], rights: Sequence[float]) -> Map:
             lines = few + many
             pools[-2:] = [((left * few + right * many) / lines, (low * few + high * many) / lines, lines)]
     # The first pool never joins the origin, but may lie there; and rounding may bring two together.
-    points = dict((round(told, 6), round(true, 6)) for told, true, _ in pools)
+    points = {round(told, 6): round(true, 6) for told, true, _ in pools}
     return Map(tuple(sorted(points.items())))
 
 
