@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -21,7 +22,7 @@ NO_TOKEN_TWICE = msgspec.structs.replace(GREEDY, no_repeat_ngram_size=1)
 LINES = [scribble(seed) for seed in range(5)]
 
 
-def engine_for(folder: Path, **options: object) -> OcrEngine:
+def engine_for(folder: Path, **options: Any) -> OcrEngine:
     return create_engine(
         Settings(models={"tiny": str(folder)}, threads=1, read_documents=False, **options).model_dump_json()
     )
