@@ -57,7 +57,13 @@ def write(base: Base, options: Options, facts: Facts, longest: int) -> None:
     else:
         generation.max_new_tokens = min(base.position_limit - 1, max(generation.max_new_tokens, longest))
     half = options.weights == "float16" and all(p.abs().max() < _LARGEST_HALF for p in model.parameters() if p.numel())
-    model.to(torch.float16 if half else torch.float32).save_pretrained(fresh)
+    model.to(torch.float16 if half else torch.float32)
+    for part in (model.config.encoder, model.config.decoder, getattr(model.config.encoder, "backbone_config", None)):
+        if part is not None:
+            part.dtype = None  # training's; the whole says what the file holds
+    model.save_pretrained(fresh)
+    for name in ("is_local", "local_files_only"):  # how the base's tokenizer was found here
+        base.tokenizer.init_kwargs.pop(name, None)
     TrOCRProcessor(image_processor=base.processor, tokenizer=base.tokenizer).save_pretrained(fresh)
     (fresh / "README.md").write_text(card(options, facts), "utf-8")
     for path in fresh.iterdir():
