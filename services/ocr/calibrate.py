@@ -1,7 +1,8 @@
 """`python -m services.ocr.calibrate MODEL_FOLDER DIR …`: write the model's calibration.json from lines it never saw.
 
 Each DIR is a folder of labelled lines as for `services.ocr.evaluate`. The error that is written beside the maps is
-cross-validated: each writer (column `writer` of labels.tsv) is told confidences by maps fitted on all the others.
+cross-validated: each writer (column `writer` of labels.tsv) is told confidences by maps fitted on all the others. Where
+such maps are no better than what the model says by itself, that is kept.
 """
 
 import sys
@@ -24,6 +25,7 @@ from services.ocr.settings import Settings
 _NAME = "model"
 # Groups that lines are split into where no writers are named.
 _FOLDS = 5
+_AS_TOLD = Map(((0.0, 0.0), (1.0, 1.0)))
 QUANTITY = "expected share of right characters (1 - character error rate) of the best hypothesis"
 
 
@@ -46,14 +48,12 @@ def fit(engine: Engine, labels: Sequence[Label], settings: Settings, *, beam_wid
     if len(set(groups)) < 2:
         groups = [str(number * _FOLDS // len(kept)) for number in range(len(kept))]
     fitted = reliability.fit(told, true)
-    error = Error(
-        before=round(reliability.expected_calibration_error(told, true), 4),
-        after=round(
-            reliability.expected_calibration_error(reliability.held_out(told, true, groups), true),
-            4,
-        ),
-    )
-    return Fitted(fitted, error, len(kept))
+    before = round(reliability.expected_calibration_error(told, true), 4)
+    after = round(reliability.expected_calibration_error(reliability.held_out(told, true, groups), true), 4)
+    if after >= before:
+        # The model tells the share of right characters as it is; a map would only add the noise of its points.
+        fitted, after = _AS_TOLD, before
+    return Fitted(fitted, Error(before=before, after=after), len(kept))
 
 
 def command(
