@@ -45,7 +45,7 @@ Read = Callable[[Sequence[Line]], list[list[int]]]
 def run(lines: int = LINES, rounds: int = ROUNDS, figure: Path | None = None) -> dict[str, Bar]:
     """Ratios of lines a second, and the growth of memory in percent."""
     bars = _speed(_trocr_base.lines(lines, seed=1), rounds, figure)
-    bars["memory_growth_percent"] = at_most(_memory_growth(), 5.0)
+    bars["memory_growth_percent"] = at_most(_memory_growth(), 3.0)
     return bars
 
 
