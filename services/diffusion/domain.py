@@ -2,6 +2,7 @@
 
 import struct
 from dataclasses import dataclass
+from typing import Literal
 
 import msgspec
 
@@ -9,14 +10,143 @@ MEDIA_TYPES = ("image/png", "image/jpeg", "image/webp")
 SEED_MOST = 2**32 - 1
 
 
-class Parameters(msgspec.Struct, frozen=True):
-    """Everything that decides one picture, all defaults filled in.
+PromptSyntax = Literal["weighted", "plain"]
+MaskFill = Literal["original", "surroundings", "noise", "grey"]
+SigmaSchedule = Literal["karras", "exponential", "beta"]
+TimestepSpacing = Literal["leading", "linspace", "trailing"]
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
+PreviewMethod = Literal["tiny_autoencoder", "linear"]
+Upscaler = Literal["lanczos", "bicubic", "nearest", "latent", "latent_nearest"]
+LATENT_UPSCALERS = ("latent", "latent_nearest")
+UPSCALERS = ("lanczos", "bicubic", "nearest", *LATENT_UPSCALERS)
+
+
+class Pixels(msgspec.Struct, frozen=True):
+    """A decoded picture, 8 bits a channel, row by row from the top: `mode` "RGB" has 3 bytes a pixel, "L" has 1."""
+
+    width: int
+    height: int
+    mode: Literal["RGB", "L"]
+    content: bytes
+
+
+# --- what decides a picture. The names are those of the messages in the proto, and the keys of the embedded JSON. ---
+
+
+class Inpaint(msgspec.Struct, frozen=True):
+    """Repaint what is white in the mask."""
+
+    mask_sha256: str
+    blur_px: int = 0
+    inverted: bool = False
+    crop_padding_px: int | None = None
+    fill: MaskFill = "original"
+
+
+class Outpaint(msgspec.Struct, frozen=True):
+    """Paint beyond the edges, pixels."""
+
+    left_px: int
+    top_px: int
+    right_px: int
+    bottom_px: int
+    blur_px: int = 4
+    fill: MaskFill = "surroundings"
+
+
+class Control(msgspec.Struct, frozen=True):
+    """Steer by a condition. preprocessor: empty when the image is the condition itself."""
+
+    model: str
+    image_sha256: str
+    preprocessor: str = ""
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+
+class ImagePrompt(msgspec.Struct, frozen=True):
+    """A picture that says what to paint."""
+
+    adapter: str
+    image_sha256: str
+    scale: float = 1.0
+
+
+class Lora(msgspec.Struct, frozen=True):
+    """A LoRA and its weight."""
+
+    name: str
+    weight: float = 1.0
+
+
+class Hires(msgspec.Struct, frozen=True):
+    """The second pass: final size in pixels, and how it paints."""
+
+    width: int
+    height: int
+    upscaler: Upscaler
+    step_count: int
+    strength: float
+
+
+class Refiner(msgspec.Struct, frozen=True):
+    """Another model that takes over after this part of the steps."""
+
+    model: str
+    switch_at: float = 0.8
+
+
+class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What refines the scheduler; None and () where it is left as it is."""
+
+    sigma_schedule: SigmaSchedule | None = None
+    timestep_spacing: TimestepSpacing | None = None
+    prediction_type: PredictionType | None = None
+    eta: float | None = None
+    timesteps: tuple[int, ...] = ()
+    sigmas: tuple[float, ...] = ()
+
+
+class PerturbedAttention(msgspec.Struct, frozen=True):
+    """Perturbed-attention guidance."""
+
+    scale: float = 3.0
+    adaptive_scale: float = 0.0
+
+
+class FreeU(msgspec.Struct, frozen=True):
+    """FreeU's factors."""
+
+    s1: float = 0.9
+    s2: float = 0.2
+    b1: float = 1.5
+    b2: float = 1.6
+
+
+class Variation(msgspec.Struct, frozen=True):
+    """A second seed and how much of its noise."""
+
+    seed: int
+    strength: float
+
+
+class Vae(msgspec.Struct, frozen=True):
+    """How latents become the picture. name: empty for the model's own."""
+
+    name: str = ""
+    tiled: bool = False
+    upcast: bool = False
+
+
+class Parameters(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Everything that decides one picture, all defaults filled in; None and empty for what was not asked for.
 
     The names are those of the GenerationParameters message: they are the keys of the JSON embedded in the file.
     """
 
     model: str
-    prompt: str
+    prompt: str  # with wildcards and styles filled in
     negative_prompt: str
     width: int  # pixels
     height: int  # pixels
@@ -24,20 +154,60 @@ class Parameters(msgspec.Struct, frozen=True):
     guidance_scale: float
     scheduler: str
     seed: int  # 0 to 2^32 - 1
+    prompt_syntax: PromptSyntax = "weighted"
+    # The prompts as they were asked for, where wildcards or styles changed them.
+    prompt_template: str = ""
+    negative_prompt_template: str = ""
+    styles: tuple[str, ...] = ()
+    wildcard_seed: int | None = None
+    image_sha256: str = ""
+    strength: float | None = None
+    inpaint: Inpaint | None = None
+    outpaint: Outpaint | None = None
+    controls: tuple[Control, ...] = ()
+    image_prompts: tuple[ImagePrompt, ...] = ()
+    loras: tuple[Lora, ...] = ()
+    hires: Hires | None = None
+    refiner: Refiner | None = None
+    sampling: Sampling = Sampling()
+    guidance_rescale: float | None = None
+    perturbed_attention: PerturbedAttention | None = None
+    freeu: FreeU | None = None
+    clip_skip: int | None = None
+    variation: Variation | None = None
+    vae: Vae | None = None
+
+
+class PreviewPlan(msgspec.Struct, frozen=True):
+    """When and how previews are painted. interval: steps between two; 0 for none, None for as often as is cheap."""
+
+    interval: int | None = None
+    method: PreviewMethod | None = None  # None takes the small autoencoder where there is one
+    max_side_px: int = 512
 
 
 class PaintJob(msgspec.Struct, frozen=True):
-    """A validated call, as the engine gets it. Picture i of it has seed `parameters.seed + i`."""
+    """A validated call, as the engine gets it: one set of parameters a picture, of which only the seed and what follows
+    from it (prompts with wildcards) differ.
 
-    parameters: Parameters
-    image_count: int
+    batch_size: pictures painted side by side; the batches come one after the other. Pictures are decoded but not yet
+    scaled; conditions come before their preprocessor.
+    """
+
+    pictures: tuple[Parameters, ...]
+    batch_size: int
     media_type: str  # one of MEDIA_TYPES
     quality: int  # 1 to 100, for JPEG and WebP
-    preview_interval: int  # steps between previews; 0 for none
+    preview: PreviewPlan
+    image: Pixels | None = None
+    mask: Pixels | None = None  # "L"
+    control_images: tuple[Pixels, ...] = ()  # by parameters.controls
+    image_prompt_images: tuple[Pixels, ...] = ()  # by parameters.image_prompts
 
-    def parameters_of(self, index: int) -> Parameters:
-        """The parameters with which picture `index` could be asked for alone."""
-        return msgspec.structs.replace(self.parameters, seed=self.parameters.seed + index)
+    @property
+    def parameters(self) -> Parameters:
+        """Those of the first picture; model, size and steps are the same for all."""
+        return self.pictures[0]
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,12 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from services.kit.settings import ServiceSettings
+from services.kit.settings import MIB, ServiceSettings
 
-_PROJECT = Path(__file__).resolve().parents[2]
+# The rest is for activations and everything else on the machine.
+MEMORY_SHARE = 0.7
+
+_MODELS = Path(__file__).resolve().parents[2] / "models"
 
 
 class ModelSettings(BaseModel):
@@ -16,17 +19,59 @@ class ModelSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    source: str = Field(description="diffusers folder, or a hub model pinned as owner/name@revision")
+    source: str = Field(
+        description="diffusers folder, one .safetensors file of a whole checkpoint, or a hub model pinned as"
+        " owner/name@revision"
+    )
+    config: str | None = Field(
+        None,
+        description="for a .safetensors file: the diffusers folder, or hub model pinned as owner/name@revision, whose"
+        " configurations and tokenizers it goes with",
+    )
     default_step_count: int = Field(20, ge=1, description="denoising steps when the request names none")
     default_guidance_scale: float = Field(7.5, ge=0, description="guidance scale when the request names none")
     preview_autoencoder: str | None = Field(
         None, description="AutoencoderTiny folder for previews; without it `preview_autoencoder/` inside the source"
     )
+    vaes: dict[str, str] = Field(
+        default_factory=dict, description="other VAEs by the name that a request gives: AutoencoderKL folders"
+    )
+
+
+class AdapterSettings(BaseModel):
+    """A LoRA or textual inversion embedding."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str = Field(description="its .safetensors file, or the folder that holds one")
+    models: list[str] = Field(default_factory=list, description="models it is for; empty when a call may find out")
+
+
+class ImagePromptSettings(AdapterSettings):
+    """An IP-Adapter: its file, and the encoder of the pictures that it is given."""
+
+    image_encoder: str = Field(description="folder of the CLIP vision model that it was trained with")
+
+
+class ControlSettings(AdapterSettings):
+    """A ControlNet or T2I-Adapter; its config.json says which."""
+
+    source: str = Field(description="its diffusers folder")
+    preprocessor: str = Field("", description="name of the preprocessor that makes what it was trained on")
 
 
 def _embedded_models() -> dict[str, ModelSettings]:
-    source = str(_PROJECT / "models" / "emoji-tiny")
+    source = str(_MODELS / "emoji-tiny")
     return {"emoji-tiny": ModelSettings(source=source, default_step_count=20, default_guidance_scale=1.0)}
+
+
+def _embedded_loras() -> dict[str, AdapterSettings]:
+    return {"fluent": AdapterSettings(source=str(_MODELS / "emoji-tiny-fluent"), models=["emoji-tiny"])}
+
+
+def _embedded_controls() -> dict[str, ControlSettings]:
+    source = str(_MODELS / "emoji-tiny-edges")
+    return {"edges": ControlSettings(source=source, models=["emoji-tiny"], preprocessor="canny")}
 
 
 class Settings(ServiceSettings):
@@ -35,12 +80,61 @@ class Settings(ServiceSettings):
     model_config = SettingsConfigDict(env_prefix="INKWELL_DIFFUSION_", extra="forbid", frozen=True)
 
     port: int = Field(50052, ge=0, le=65535, description="gRPC port; 0 takes a free one")
-    max_message_bytes: int = Field(1 << 20, ge=1024, description="largest request message, in bytes")
+    # Room for pictures and conditions; a gateway lets as much through.
+    max_message_bytes: int = Field(64 * MIB, ge=1024, description="largest request message, in bytes")
 
     models: dict[str, ModelSettings] = Field(
         default_factory=_embedded_models, description="the model table, as JSON: name to row"
     )
     default_model: str = Field("", description="model that an empty name in a request means; empty for the first row")
+    model_folder: str = Field(
+        "",
+        description="folder whose subfolders in diffusers' layout are models too, each under its own name; looked at"
+        " again whenever models are listed or one is asked for. Empty: none",
+    )
+    load_at_start: list[str] | None = Field(
+        None,
+        description="JSON list of the models that are loaded before the service is ready, unset for all of `models`;"
+        " the others are loaded when a call or LoadModel names them",
+    )
+    memory_limit_bytes: int = Field(
+        0,
+        ge=0,
+        description="memory that the weights of all loaded models may take, bytes; the least recently used leave when"
+        f" it is short. 0 takes {MEMORY_SHARE:.0%} of what is free on the device at the start",
+    )
+
+    loras: dict[str, AdapterSettings] = Field(
+        default_factory=_embedded_loras, description="LoRAs, as JSON: the name that a request gives to row"
+    )
+    lora_folder: str = Field(
+        "",
+        description="folder whose .safetensors files are LoRAs too, each under its name without ending; looked at"
+        " again when one is asked for or they are listed. Empty: none",
+    )
+    embeddings: dict[str, AdapterSettings] = Field(
+        default_factory=dict, description="textual inversion embeddings, as JSON: the word of the prompt to row"
+    )
+    embedding_folder: str = Field("", description="as lora_folder, for embeddings")
+    image_prompt_adapters: dict[str, ImagePromptSettings] = Field(
+        default_factory=dict, description="IP-Adapters, as JSON: name to row"
+    )
+    controls: dict[str, ControlSettings] = Field(
+        default_factory=_embedded_controls, description="ControlNets and T2I-Adapters, as JSON: name to row"
+    )
+    preprocessor_models: dict[str, str] = Field(
+        default_factory=dict,
+        description='models of the preprocessors that need one, as JSON: {"depth": folder of a transformers depth'
+        " estimation model}; the others need none",
+    )
+    adapters_kept: int = Field(
+        8, ge=1, description="LoRAs, embeddings, IP-Adapters and controls that stay in memory; least recently used out"
+    )
+    wildcard_folder: str = Field(
+        "", description="folder of the .txt files that __name__ in a prompt takes a line of. Empty: none"
+    )
+    styles_file: str = Field("", description="CSV file of styles: name, prompt, negative_prompt. Empty: none")
+
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="data type of the weights; auto: float32 on CPU, else what the hardware does best"
     )
@@ -52,7 +146,14 @@ class Settings(ServiceSettings):
     max_step_count: int = Field(200, ge=1, description="most denoising steps of a call")
     max_side_px: int = Field(2048, ge=8, description="longest side of a picture, in pixels")
     max_pixels: int = Field(2048 * 2048, ge=64, description="most pixels of one picture")
-    max_image_count: int = Field(8, ge=1, description="most pictures of one call")
+    max_image_count: int = Field(8, ge=1, description="most pictures of one batch")
+    max_batch_count: int = Field(8, ge=1, description="most batches of one call")
+    max_controls: int = Field(4, ge=0, description="most controls of one call")
+    max_image_prompts: int = Field(4, ge=0, description="most image prompts of one call")
+    max_loras: int = Field(8, ge=0, description="most LoRAs of one call")
+    max_image_bytes: int = Field(20 * MIB, ge=1, description="largest encoded picture in a request, bytes")
+    max_image_pixels: int = Field(50_000_000, ge=1, description="most pixels of a picture in a request")
+    decode_threads: int = Field(2, ge=1, description="threads that decode pictures in the front process")
     max_prompt_bytes: int = Field(8192, ge=1, description="longest prompt or negative prompt, in UTF-8 bytes")
     max_guidance_scale: float = Field(30.0, ge=1, description="largest guidance scale")
 
