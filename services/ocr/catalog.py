@@ -3,10 +3,6 @@
 The front process and the engine both look here; a folder that was just written is known at the next look.
 """
 
-import json
-import math
-import re
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +10,11 @@ from typing import Any
 
 import yaml
 
+from services.kit.model_folder import folders_in
 from services.ocr.languages import is_tag
 from services.ocr.settings import Settings
 
-# Names from a request are looked up among these and never made into a path.
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _CARD_BYTES_MOST = 64 * 1024  # of README.md; the front matter stands at its beginning
-_HEADER_BYTES_MOST = 100 * 1000 * 1000  # as the safetensors format bounds it
 
 
 @dataclass(frozen=True)
@@ -34,23 +28,9 @@ class KnownModel:
 def known_models(settings: Settings) -> dict[str, KnownModel]:
     """Every known model by name, those of the settings first; a name there hides the folder of that name."""
     models = {name: KnownModel(name, source) for name, source in settings.models.items()}
-    for folder in _folders_in(settings.model_folder):
+    for folder in folders_in(settings.model_folder, "config.json"):
         models.setdefault(folder.name, KnownModel(folder.name, str(folder)))
     return models
-
-
-def _folders_in(model_folder: str) -> list[Path]:
-    if not model_folder:
-        return []
-    try:
-        # A folder that is being written has no config.json yet, or lies under a name that begins with a dot.
-        return sorted(
-            folder
-            for folder in Path(model_folder).expanduser().iterdir()
-            if _NAME.fullmatch(folder.name) and (folder / "config.json").is_file()
-        )
-    except OSError:  # it may be gone for a while, such as a volume that is mounted again
-        return []
 
 
 def folder_of(source: str) -> Path | None:
@@ -99,29 +79,3 @@ def file_bytes(folder: Path) -> int:
     """Size of the folder's weights on disk in bytes; 0 when there are none."""
     files = list(folder.glob("*.safetensors")) or [*folder.glob("*.bin"), *folder.glob("*.pt")]
     return sum(file.stat().st_size for file in files)
-
-
-def parameter_count(folder: Path) -> int | None:
-    """Numbers in the folder's safetensors files by their headers; None without such a file.
-
-    Raises ValueError with the file's name for a header that cannot be read.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    return sum(map(_numbers_in, files)) if files else None
-
-
-def _numbers_in(file: Path) -> int:
-    # The format: 8 bytes little-endian header length, then the header as JSON, tensor name to dtype, shape and place.
-    try:
-        with file.open("rb") as opened:
-            (length,) = struct.unpack("<Q", opened.read(8))
-            if length > _HEADER_BYTES_MOST:
-                raise ValueError("its header is too long")
-            header = json.loads(opened.read(length))
-        header.pop("__metadata__", None)
-        end = 8 + length + max((int(tensor["data_offsets"][1]) for tensor in header.values()), default=0)
-        if end != (size := file.stat().st_size):
-            raise ValueError(f"it has {size} bytes and its header says {end}")
-        return sum(math.prod(map(int, tensor["shape"])) for tensor in header.values())
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file.name} is not a whole safetensors file: {error}") from None

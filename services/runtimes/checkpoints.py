@@ -1,6 +1,8 @@
 """Where a checkpoint comes from: a folder, or a hub repository at a pinned revision."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,14 +53,22 @@ def fetch(checkpoint: Checkpoint, *, allow_pickled_weights: bool = False) -> Pat
     """
     if checkpoint.revision is None:
         return Path(checkpoint.location)
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     disable_progress_bars()
-    what = f"{checkpoint.location}@{checkpoint.revision}"
     patterns = [*_WANTED, *(_PICKLES if allow_pickled_weights else ())]
-    try:
+    with hub_errors(f"{checkpoint.location}@{checkpoint.revision}"):
         return Path(snapshot_download(checkpoint.location, revision=checkpoint.revision, allow_patterns=patterns))
+
+
+@contextlib.contextmanager
+def hub_errors(what: str) -> Iterator[None]:
+    """Turn what the hub's library raises while fetching `what` into CheckpointError and CheckpointMissingError."""
+    from huggingface_hub import errors
+
+    try:
+        yield
     except errors.GatedRepoError as error:
         raise CheckpointError(f"{what}: the repository is gated; set HF_TOKEN to a token that may read it") from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:

@@ -19,7 +19,7 @@ from services.ocr.engine.embedding import Embedder
 from services.ocr.engine.lane import Lane
 from services.ocr.engine.warming import warm
 from services.ocr.settings import Settings
-from services.runtimes import checkpoints, int8_folder, torch_trocr
+from services.runtimes import checkpoints, int8_folder, safetensors_files, torch_trocr
 from services.runtimes.checkpoints import CheckpointError, CheckpointMissingError
 from services.runtimes.hardware import Hardware
 
@@ -78,7 +78,7 @@ class Loader:
         checkpoints.read_config(folder)
         checkpoints.require_weights(folder, allow_pickled_weights=pickles)
         try:
-            count = catalog.parameter_count(folder)
+            count = safetensors_files.number_count_in(folder)
         except ValueError as error:
             raise CheckpointError(f"{folder}: {error}") from None
         # The size of a pickle is that of its numbers, float32 in all older checkpoints.

@@ -24,11 +24,11 @@ from services.kit.engine_api import Accepted, Described, EngineEvent, Failed, Fi
 from services.kit.faults import Fault
 from services.ocr import catalog
 from services.ocr.domain import EmbedJob, EngineInfo, Loading, LoadJob, Precision, ReadJob, UnloadJob
-from services.ocr.engine import memory
 from services.ocr.engine.embedding import Embedder
 from services.ocr.engine.lane import Lane
 from services.ocr.engine.loading import Checked, Desk, Loader, fault_of
 from services.ocr.settings import Settings
+from services.runtimes import eviction
 from services.runtimes.checkpoints import CheckpointError
 from services.runtimes.hardware import Hardware
 
@@ -287,11 +287,11 @@ class Shelf:
         kept = [desk for desk in (other, *self._retiring) if desk is not None]
         room = self._limit - sum(desk.info.weight_bytes for desk in kept)
         held = [
-            memory.Held(name, desk.info.weight_bytes, desk.last_used, desk.idle)
+            eviction.Held(name, desk.info.weight_bytes, desk.last_used, desk.idle)
             for name, desk in self.desks.items()
             if desk is not other
         ]
-        names = memory.leaving(held, checked.needed_bytes, room)
+        names = eviction.leaving(held, checked.needed_bytes, room)
         if names is None:
             if self._retiring:
                 return False

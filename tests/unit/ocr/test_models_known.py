@@ -1,18 +1,13 @@
 """Which models there are, what they declare, which one leaves, and whose step is next."""
 
-import json
-import struct
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, given
-from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from services.kit.engine_api import JobEvent
 from services.ocr import catalog, languages
 from services.ocr.engine import memory
-from services.ocr.engine.memory import Held
 from services.ocr.engine.turns import Turns
 from services.ocr.languages import Speaker
 from services.ocr.settings import Settings
@@ -68,39 +63,6 @@ def test_the_embedded_model_declares_its_languages() -> None:
     assert set(catalog.card_languages(Path(folder))) >= {"de", "en", "fr"}
 
 
-def safetensors(shapes: dict[str, list[int]]) -> bytes:
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, shape in shapes.items():
-        size = 4
-        for side in shape:
-            size *= side
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}  # type: ignore[dict-item]
-        end += size
-    text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + bytes(end)
-
-
-def test_numbers_are_counted_without_reading_them(tmp_path: Path) -> None:
-    assert catalog.parameter_count(tmp_path) is None
-    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(safetensors({"a": [2, 3], "b": []}))
-    (tmp_path / "model-00002-of-00002.safetensors").write_bytes(safetensors({"c": [4]}))
-    assert catalog.parameter_count(tmp_path) == 6 + 1 + 4
-
-
-@given(st.integers(0, 400), st.binary(max_size=3))
-def test_a_damaged_file_is_named_whatever_is_wrong_with_it(length: int, rest: bytes) -> None:
-    import tempfile
-
-    whole = safetensors({"a": [5], "b": [7]})
-    damaged = whole[:length] + rest
-    # Other numbers in a file of the same length are a file like any other.
-    assume(len(damaged) != len(whole))
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "model.safetensors").write_bytes(damaged)
-        with pytest.raises(ValueError, match="model.safetensors is not a whole safetensors file"):
-            catalog.parameter_count(Path(folder))
-
-
 def test_settings_that_cannot_be_are_told(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="not a BCP 47 language tag"):
         Settings(languages={"mine": ["not a tag"]})
@@ -145,35 +107,6 @@ def test_among_equals_a_loaded_model_is_taken_then_the_default() -> None:
 
 
 # --- memory ---
-
-helds = st.lists(
-    st.builds(
-        Held,
-        name=st.uuids().map(str),
-        weight_bytes=st.integers(1, 50),
-        last_used=st.integers(0, 9),
-        is_idle=st.booleans(),
-    ),
-    max_size=6,
-    unique_by=lambda held: held.name,
-)
-
-
-@given(helds, st.integers(1, 120), st.integers(1, 120))
-def test_what_leaves_makes_room_and_nothing_leaves_in_vain(held: list[Held], needed: int, limit: int) -> None:
-    names = memory.leaving(held, needed, limit)
-    if names is None:
-        assert needed > limit
-        return
-    staying = [model for model in held if model.name not in names]
-    left = [model for model in held if model.name in names]
-    assert sum(model.weight_bytes for model in staying) + needed <= limit
-    for model in left:
-        # Whoever stays was used later, or is in use.
-        assert all((not other.is_idle, other.last_used) >= (not model.is_idle, model.last_used) for other in staying)
-    if left:
-        last = max(left, key=lambda model: (not model.is_idle, model.last_used, names.index(model.name)))
-        assert sum(model.weight_bytes for model in [*staying, last]) + needed > limit
 
 
 def test_weights_take_less_in_half_precision() -> None:
