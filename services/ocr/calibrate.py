@@ -16,7 +16,8 @@ import msgspec
 import typer
 
 from services.kit.engine_api import Engine
-from services.ocr import images, reliability
+from services.kit.images import Limits
+from services.ocr import reliability
 from services.ocr.engine import calibration
 from services.ocr.engine.calibration import Calibration, Error, Map
 from services.ocr.evaluate import BadFolder, Label, read_labels, read_lines
@@ -67,7 +68,7 @@ def command(
 ) -> None:
     """Fit the model's confidence to the share of right characters, and write calibration.json into its folder."""
     settings = Settings(models={_NAME: str(model)}, default_model=_NAME, read_documents=False)
-    limits = images.Limits(settings.max_image_bytes, settings.max_image_pixels, settings.min_image_side)
+    limits = Limits(settings.max_image_bytes, settings.max_image_pixels, settings.min_image_side)
     labels: list[Label] = []
     problems: list[str] = []
     for folder in folders:

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from services.kit.engine_api import Engine
-from services.ocr import images
+from services.kit.images import Limits
 from services.ocr.domain import BEAM_WIDTH_MOST, EngineInfo, ModelInfo, Precision
 from services.ocr.evaluate import LABELS, BadFolder, Label, LineReport, evenly, read_labels, read_lines, settings_for
 from services.ocr.settings import Settings
@@ -300,7 +300,7 @@ def command(
     """Print a table of precision by error rate, size and speed of one model, through the real engine."""
     try:
         settings = settings_for(model)
-        limits = images.Limits(settings.max_image_bytes, settings.max_image_pixels, settings.min_image_side)
+        limits = Limits(settings.max_image_bytes, settings.max_image_pixels, settings.min_image_side)
         labels = read_labels(folder, limits)
         labels = evenly(labels, limit) if limit else labels
         if ranges_from is not None:

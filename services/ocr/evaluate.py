@@ -24,6 +24,7 @@ from rich.table import Table
 
 from services.kit.engine_api import Engine, Failed, Finished, Raw
 from services.kit.faults import Fault
+from services.kit.images import Limits
 from services.ocr import images, reliability
 from services.ocr.domain import BEAM_WIDTH_MOST, EngineInfo, ModelInfo, ReadJob, Recognition
 from services.ocr.settings import Settings
@@ -84,7 +85,7 @@ class BadFolder(Exception):
         self.problems = list(problems)
 
 
-def read_labels(folder: Path, limits: images.Limits) -> list[Label]:
+def read_labels(folder: Path, limits: Limits) -> list[Label]:
     """Read and check labels.tsv and the images it names; raises BadFolder listing every bad row by its line number."""
     path = folder / LABELS
     try:
@@ -125,7 +126,7 @@ def evenly(labels: Sequence[Label], count: int) -> list[Label]:
     return [labels[number * len(labels) // count] for number in range(count)]
 
 
-def _problem(label: Label, columns: int, wanted: int, limits: images.Limits) -> str | None:
+def _problem(label: Label, columns: int, wanted: int, limits: Limits) -> str | None:
     if columns != wanted:
         return f"{columns} columns where the header has {wanted}"
     if not label.file or not label.text:
@@ -158,7 +159,7 @@ def read_lines(
     if beam_width:
         decoding = msgspec.structs.replace(decoding, beam_width=beam_width)
     decoding = msgspec.structs.replace(decoding, hypothesis_count=1)
-    limits = images.Limits(settings.max_image_bytes, settings.max_image_pixels, settings.min_image_side)
+    limits = Limits(settings.max_image_bytes, settings.max_image_pixels, settings.min_image_side)
     reads: dict[int, Recognition] = {}
     waiting = iter(enumerate(labels))
     under_way = 0
@@ -258,7 +259,7 @@ def command(
     """Print character and word error rates (CER, WER) over a folder of labelled lines, through the real engine."""
     try:
         settings = settings_for(model)
-        limits = images.Limits(settings.max_image_bytes, settings.max_image_pixels, settings.min_image_side)
+        limits = Limits(settings.max_image_bytes, settings.max_image_pixels, settings.min_image_side)
         labels = read_labels(folder, limits)
     except BadFolder as bad:
         for problem in bad.problems:

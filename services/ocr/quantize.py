@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from pydantic import ValidationError
 
+from services.kit.images import Limits
 from services.ocr import images
 from services.ocr.evaluate import LABELS, BadFolder, Label, evenly, read_labels
 from services.ocr.settings import Settings
@@ -96,7 +97,7 @@ def _input_ranges(
     own = model.generation_config
     length = own.max_new_tokens or (own.max_length - 1 if own.max_length else settings.default_max_new_token_count)
     length = min(length, model.config.decoder.max_position_embeddings - 1)
-    limits = images.Limits(settings.max_image_bytes, settings.max_image_pixels, settings.min_image_side)
+    limits = Limits(settings.max_image_bytes, settings.max_image_pixels, settings.min_image_side)
     with input_ranges.watch(model) as histograms, torch.inference_mode():
         for label in labels:
             pixels = preprocess(processor, channels, [images.decode(label.path.read_bytes(), limits)])
@@ -139,7 +140,7 @@ def command(
         if output.exists():
             raise BadFolder([f"{output}: it exists already"])
         settings = Settings()
-        limits = images.Limits(settings.max_image_bytes, settings.max_image_pixels, settings.min_image_side)
+        limits = Limits(settings.max_image_bytes, settings.max_image_pixels, settings.min_image_side)
         if precision is Int8.int8_static:
             if data is None:
                 raise BadFolder(["int8_static needs --data DIR: lines to find the ranges of the layers' inputs on"])

@@ -20,6 +20,7 @@ from services.kit.call import label_call, priority_of, time_left
 from services.kit.engine_api import Accepted, Finished, Update
 from services.kit.engine_host import EngineHost, engine_not_ready
 from services.kit.faults import Fault
+from services.kit.images import Limits, check_size
 from services.kit.job import HostEvent, Job, Queued
 from services.kit.metrics import Metrics
 from services.ocr import converters, images, model_converters
@@ -69,7 +70,7 @@ class OcrServicer(ocr_pb2_grpc.OcrServiceServicer):
         self._settings = settings
         self._models = Models(host, settings)
         self._metrics = OcrMetrics(metrics)
-        self._limits = images.Limits(settings.max_image_bytes, settings.max_image_pixels, settings.min_image_side)
+        self._limits = Limits(settings.max_image_bytes, settings.max_image_pixels, settings.min_image_side)
         # Bounded, so that a flood of large images cannot take every core from the engine.
         self._decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="image")
         self._documents = Documents(host, settings, metrics, executor=self._decoders, count_reading=self._count_reading)
@@ -173,7 +174,7 @@ class OcrServicer(ocr_pb2_grpc.OcrServiceServicer):
         priority = priority_of(context)
         model_converters.check_embed(request, self._settings)
         for index, image in enumerate(request.images):
-            images.check_size(image.content, self._limits, f"images[{index}].content")
+            check_size(image.content, self._limits, f"images[{index}].content")
         model = await self._model_of(request)
         wanted = model_converters.embed_job(request, model, self._settings)
         # Encoding an image is some half of reading it greedily.
@@ -221,7 +222,7 @@ class OcrServicer(ocr_pb2_grpc.OcrServiceServicer):
     ) -> AsyncIterator[tuple[ModelInfo, Job]]:
         """Validate, take a place in the queue, decode the image, and start; leaving early cancels the job."""
         content = request.image.content
-        images.check_size(content, self._limits)
+        check_size(content, self._limits)
         model = await self._model_of(request)
         decoding = converters.decoding_of(request.decoding, model)
         job = self._host.admit(

@@ -1,7 +1,7 @@
 """Which files are documents, and the faults that pages end in. Known to the front and to the render process."""
 
+from services.kit import images
 from services.kit.faults import Fault, invalid_field, too_large
-from services.ocr import images
 
 FIELD = "content"
 ACCEPTED = f"PDF, or one image: {images.ACCEPTED}"

@@ -5,8 +5,8 @@ import io
 import pypdfium2 as pdfium
 from PIL import Image, ImageFile
 
+from services.kit import images
 from services.kit.faults import Fault, FaultData
-from services.ocr import images
 from services.ocr.documents import kinds
 from services.ocr.documents.frames import Limits, Rendered, TextPage
 from services.ocr.documents.invisible_text import Affine, lay_text

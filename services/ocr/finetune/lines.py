@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from services.kit.images import Limits
 from services.ocr import images
 from services.ocr.finetune.rows import DEFAULT_LIMITS, Row
 
@@ -24,7 +25,7 @@ def resized(
     *,
     wider: float = 1.0,
     grey: bool = False,
-    limits: images.Limits = DEFAULT_LIMITS,
+    limits: Limits = DEFAULT_LIMITS,
     tick: Callable[[], None] = lambda: None,
 ) -> np.ndarray:
     """All rows as uint8 [rows, height, width, channels], mapped from `folder`, made by the model's own image processor.
@@ -56,7 +57,7 @@ def resized(
     return mapped
 
 
-def _resize(row: Row, processor: Any, channels: int, shape: tuple[int, ...], limits: images.Limits) -> np.ndarray:
+def _resize(row: Row, processor: Any, channels: int, shape: tuple[int, ...], limits: Limits) -> np.ndarray:
     line = images.decode(row.read(), limits)
     image = Image.frombytes("RGB", (line.width, line.height), line.pixels).convert("L" if channels == 1 else "RGB")
     settings = {"size": {"height": shape[1], "width": shape[2]}, "do_rescale": False, "do_normalize": False}
@@ -64,7 +65,7 @@ def _resize(row: Row, processor: Any, channels: int, shape: tuple[int, ...], lim
     return pixels.transpose(1, 2, 0).astype(np.uint8)
 
 
-def are_grey(rows: Sequence[Row], limits: images.Limits = DEFAULT_LIMITS) -> bool:
+def are_grey(rows: Sequence[Row], limits: Limits = DEFAULT_LIMITS) -> bool:
     """Whether some fifty of the rows, from all over, have no colour; then one channel holds them all."""
     for row in rows[:: max(1, len(rows) // 50)]:
         line = images.decode(row.read(), limits)

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from services.kit.faults import Fault
+from services.kit.images import Limits
 from services.ocr import images
 from services.ocr.evaluate import BadFolder, read_labels
 
-DEFAULT_LIMITS = images.Limits(max_bytes=20 * 2**20, max_pixels=50_000_000, min_side=4)
+DEFAULT_LIMITS = Limits(max_bytes=20 * 2**20, max_pixels=50_000_000, min_side=4)
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def parse_source(text: str) -> tuple[str, float | None]:
     return place, value
 
 
-def read_folder(folder: Path, share: float | None = None, limits: images.Limits = DEFAULT_LIMITS) -> Source:
+def read_folder(folder: Path, share: float | None = None, limits: Limits = DEFAULT_LIMITS) -> Source:
     """Lines of a folder with labels.tsv; raises BadFolder listing every bad row by its line number."""
     rows = []
     for label in read_labels(folder, limits):
@@ -79,7 +80,7 @@ def read_folder(folder: Path, share: float | None = None, limits: images.Limits 
 
 
 def read_dataset(
-    place: str, columns: DatasetColumns, share: float | None = None, limits: images.Limits = DEFAULT_LIMITS
+    place: str, columns: DatasetColumns, share: float | None = None, limits: Limits = DEFAULT_LIMITS
 ) -> Source:
     """Lines of a Hugging Face dataset: a folder of `save_to_disk`, a parquet file or folder, or owner/name@revision.
 
@@ -156,7 +157,7 @@ def _image_reader(table: Any, column: str, number: int) -> Callable[[], bytes]:
     return read
 
 
-def _image_problem(read: Callable[[], bytes], limits: images.Limits) -> str | None:
+def _image_problem(read: Callable[[], bytes], limits: Limits) -> str | None:
     try:
         images.decode(read(), limits)
     except OSError as error:

@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from services.ocr import evaluate, images
+from services.kit.images import Limits
+from services.ocr import evaluate
 from services.ocr.domain import Decoding
 from services.ocr.engine.main import OcrEngine
 from services.ocr.settings import Settings
@@ -57,7 +58,7 @@ def test_error_rates_are_edits_over_the_labels(folder: Path, engine: OcrEngine) 
     labels = [first, second + "X", third[1:], "ÄÄÄÄÄÄÄÄ"]
     write_labels(folder, *(f"{n}.png\t{label}\tw" for n, label in enumerate(labels)))
     settings = Settings(max_jobs=2)
-    checked = evaluate.read_labels(folder, images.Limits(10**7, 10**7, 4))
+    checked = evaluate.read_labels(folder, Limits(10**7, 10**7, 4))
     report = evaluate.evaluate(engine, checked, settings, model="tiny")
     assert report.line_count == 4
     assert report.exact_rate == 0.25
