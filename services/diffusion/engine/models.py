@@ -1,9 +1,8 @@
-"""Loads diffusers pipelines from folders or pinned hub revisions, and describes them."""
+"""A model in memory: its pipeline, what goes with it, and how it describes itself."""
 
 import copy
 import inspect
-import json
-import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,48 +10,87 @@ import diffusers
 import torch
 from torch import nn
 
-from services.diffusion.domain import ModelInfo
-from services.diffusion.engine import lanes
+from services.diffusion.domain import ModelInfo, Sampling
+from services.diffusion.engine import decoding, features, lanes, loading, sources
+from services.diffusion.engine.conditioning import Conditioner
+from services.diffusion.engine.previews import Previews
 from services.diffusion.engine.schedulers import Schedulers
+from services.diffusion.engine.sources import ModelError, Source
 from services.diffusion.settings import ModelSettings
 from services.runtimes.hardware import Hardware
 
 PREVIEW_FOLDER = "preview_autoencoder"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)@(?P<revision>[\w./-]+)")
 # Tokenizers without a limit of their own say some huge number.
 _TOKEN_LIMIT_MOST = 100_000
 
 
-class ModelError(Exception):
-    """A model of the table cannot be served; the message says which and why."""
-
-
 class LoadedModel:
-    """A pipeline on its device, with what the engine needs to know about it."""
+    """A pipeline on its device, with what the engine needs to know about it.
 
-    def __init__(self, name: str, row: ModelSettings, hardware: Hardware, dtype: torch.dtype) -> None:
+    pipeline: paints from text; a refiner's starts from a picture. index: the folder's model_index.json.
+    """
+
+    def __init__(
+        self, name: str, row: ModelSettings, hardware: Hardware, dtype: torch.dtype, source: Source | None = None
+    ) -> None:
+        """Raises ModelError. source: what `sources.find` answered for the row; it is looked for when None."""
         self.name = name
         self.device = torch.device(hardware.device)
-        self.pipeline = _load_pipeline(name, row.source, dtype).to(self.device)
-        self.pipeline.set_progress_bar_config(disable=True)
-        denoiser = getattr(self.pipeline, "unet", None) or getattr(self.pipeline, "transformer", None)
-        self.call_parameters = inspect.signature(self.pipeline.__call__).parameters
-        if not isinstance(denoiser, nn.Module) or "callback_on_step_end" not in self.call_parameters:
-            raise ModelError(
-                f"model {name}: {type(self.pipeline).__name__} has no unet or transformer that denoises step by step"
-            )
-        self.denoiser: nn.Module = denoiser
-        self.preview = _load_preview(name, row, self.pipeline, dtype, self.device)
+        self._dtype = dtype
+        self._row = row
+        self._vaes: dict[str, Any] = {}
+        try:
+            source = source or sources.find(row)
+            _check_vaes(row)
+            self.index = source.index
+            self.pipeline = loading.load(source, dtype, self.device)
+            self.pipeline.set_progress_bar_config(disable=True)
+            self.call_parameters = inspect.signature(self.pipeline.__call__).parameters
+            self.denoiser = self._find_denoiser()
+            self.preview = self._load_preview(source.folder)
+        except ModelError as error:
+            raise type(error)(f"model {name}: {error}") from error
         self._schedulers = Schedulers(self.pipeline.scheduler)
-        self.info = self._describe(row, dtype)
-        lanes.open_gate(denoiser)
+        self.info = self._describe(source)
+        self.conditioner = Conditioner(self.pipeline)
+        self.previews = Previews(self.pipeline.vae, self.preview, _pixels_a_latent(self.pipeline.vae))
+        lanes.open_gate(self.denoiser)
+        decoding.open_gate(self.pipeline.vae)
 
     def lane_pipeline(self, scheduler: str, step_count: int) -> Any:
         """A pipeline for one picture: the shared weights, but call state and a scheduler of its own."""
         pipeline = copy.copy(self.pipeline)
         pipeline.scheduler = self._schedulers.make(scheduler, step_count)
         return pipeline
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self._dtype
+
+    def scheduler(self, name: str, step_count: int, sampling: Sampling) -> Any:
+        """A scheduler for one pass of one picture. Raises KeyError for a name that is not fit."""
+        return self._schedulers.make(name, step_count, sampling)
+
+    def vae(self, name: str) -> Any:
+        """The other VAE of that name in the model's row, loaded when it is first asked for.
+
+        Raises KeyError for a name that is not in `info.vaes`, ModelError for one that cannot decode this model's
+        latents or cannot be loaded.
+        """
+        if name not in self._vaes:
+            folder = Path(self._row.vaes[name]).expanduser()
+            what = f"vaes.{name}"
+            try:
+                vae = loading.load_module(
+                    diffusers.AutoencoderKL, folder, what=what, dtype=self._dtype, device=self.device
+                )
+                self._check_vae(vae, what)
+            except ModelError as error:
+                raise ModelError(f"model {self.name}: {error}") from error
+            decoding.open_gate(vae)
+            self._vaes[name] = vae
+        return self._vaes[name]
 
     def cut_off(self, text: str) -> str:
         """The end of a prompt that does not fit the model's token limit; empty if all of it does."""
@@ -62,25 +100,95 @@ class LoadedModel:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         return str(tokenizer.decode(ids[self.info.prompt_token_limit :]).strip())
 
-    def _describe(self, row: ModelSettings, dtype: torch.dtype) -> ModelInfo:
+    def _find_denoiser(self) -> nn.Module:
+        denoiser = getattr(self.pipeline, "unet", None) or getattr(self.pipeline, "transformer", None)
+        if not isinstance(denoiser, nn.Module) or "callback_on_step_end" not in self.call_parameters:
+            raise ModelError(f"{type(self.pipeline).__name__} has no unet or transformer that denoises step by step")
+        return denoiser
+
+    def _load_preview(self, folder: Path) -> Any:
+        """The small autoencoder that previews are decoded with, None if the model has none."""
+        what = PREVIEW_FOLDER
+        if self._row.preview_autoencoder is not None:
+            place = Path(self._row.preview_autoencoder).expanduser()
+        elif (folder / PREVIEW_FOLDER).is_dir():
+            place = folder / PREVIEW_FOLDER
+        else:
+            return None
+        preview = loading.load_module(
+            diffusers.AutoencoderTiny, place, what=what, dtype=self._dtype, device=self.device
+        )
+        channels = self.pipeline.vae.config.latent_channels
+        if preview.config.latent_channels != channels:
+            raise ModelError(
+                f"{what}: {place} decodes {preview.config.latent_channels} latent channels, the model has {channels}"
+            )
+        try:
+            # Folders whose layer widths differ load without complaint and fail only here.
+            preview.decode(torch.zeros(1, channels, 8, 8, dtype=self._dtype, device=self.device))
+        except RuntimeError as error:
+            raise ModelError(f"{what}: {place} does not decode: {error}") from error
+        return preview
+
+    def _check_vae(self, vae: Any, what: str) -> None:
+        own = self.pipeline.vae
+        channels, wanted = vae.config.latent_channels, own.config.latent_channels
+        if channels != wanted:
+            raise ModelError(f"{what} decodes {channels} latent channels, the model has {wanted}")
+        scale, wanted = _pixels_a_latent(vae), _pixels_a_latent(own)
+        if scale != wanted:
+            raise ModelError(f"{what} makes {scale} pixels of a latent, the model's own VAE {wanted}")
+
+    def _modules(self) -> Iterator[nn.Module]:
+        yield from (part for part in self.pipeline.components.values() if isinstance(part, nn.Module))
+
+    def _describe(self, source: Source) -> ModelInfo:
         width, height, multiple = _sizes(self.pipeline, self.denoiser)
-        parts = [part for part in self.pipeline.components.values() if isinstance(part, nn.Module)]
+        held = [*self._modules(), *([self.preview] if self.preview is not None else [])]
         return ModelInfo(
             name=self.name,
             pipeline=type(self.pipeline).__name__,
-            dtype=str(dtype).removeprefix("torch."),
-            parameter_count=sum(weight.numel() for part in parts for weight in part.parameters()),
+            dtype=str(self._dtype).removeprefix("torch."),
+            parameter_count=sum(weight.numel() for part in self._modules() for weight in part.parameters()),
             default_width=width,
             default_height=height,
             size_multiple=multiple,
-            default_step_count=row.default_step_count,
-            default_guidance_scale=row.default_guidance_scale,
+            default_step_count=self._row.default_step_count,
+            default_guidance_scale=self._row.default_guidance_scale,
             default_scheduler=self._schedulers.default,
             prompt_token_limit=_token_limit(self.pipeline, self.call_parameters),
             has_preview_autoencoder=self.preview is not None,
             schedulers=self._schedulers.fit,
             unfit_schedulers=self._schedulers.unfit,
+            family=features.family_of(self.pipeline),
+            features=features.features_of(
+                self.pipeline, self.call_parameters, is_refiner=sources.is_refiner(self.index)
+            ),
+            vaes=tuple(self._row.vaes),
+            file_bytes=source.file_bytes,
+            memory_bytes=sum(
+                weight.numel() * weight.element_size()
+                for part in held
+                for weight in (*part.parameters(), *part.buffers())
+            ),
         )
+
+
+def needed_bytes(row: ModelSettings, source: Source, dtype: torch.dtype) -> int:
+    """Memory that the model's weights will take, its other VAEs included. Raises ModelError."""
+    numbers = source.number_count + _check_vaes(row)
+    for place in (row.preview_autoencoder, source.folder / PREVIEW_FOLDER):
+        if place is not None and Path(place).expanduser().is_dir():
+            numbers += sources.check_module_folder(Path(place).expanduser(), PREVIEW_FOLDER)
+            break
+    return numbers * dtype.itemsize
+
+
+def _check_vaes(row: ModelSettings) -> int:
+    """Numbers in the other VAEs of a row. Raises ModelError for a folder that has none, though it is needed later."""
+    return sum(
+        sources.check_module_folder(Path(folder).expanduser(), f"vaes.{name}") for name, folder in row.vaes.items()
+    )
 
 
 def choose_dtype(wanted: str, hardware: Hardware) -> torch.dtype:
@@ -92,90 +200,8 @@ def choose_dtype(wanted: str, hardware: Hardware) -> torch.dtype:
     return torch.float32
 
 
-def _load_pipeline(name: str, source: str, dtype: torch.dtype) -> Any:
-    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "trust_remote_code": False}
-    folder = Path(source)
-    if folder.is_dir():
-        index = _read_index(name, folder / "model_index.json")
-        _refuse_pickles(name, folder, index)
-        # diffusers insists on some parts even where the folder itself says that it has none.
-        options.update({part: None for part, described in index.items() if described == [None, None]})
-        where = str(folder)
-        options["local_files_only"] = True
-    elif match := _HUB_ID.fullmatch(source):
-        where, options["revision"] = match["repository"], match["revision"]
-    else:
-        raise ModelError(
-            f"model {name}: {source!r} is neither a folder here nor a hub model pinned as owner/name@revision"
-        )
-    try:
-        pipeline = diffusers.AutoPipelineForText2Image.from_pretrained(where, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model {name}: {source} cannot be loaded: {error}") from error
-    for part in pipeline.components.values():
-        if isinstance(part, nn.Module):
-            part.eval()
-    return pipeline
-
-
-def _read_index(name: str, file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise ModelError(f"model {name}: {file.parent} is not a diffusers folder: it has no model_index.json")
-    try:
-        index = json.loads(file.read_text())
-    except ValueError as error:
-        raise ModelError(f"model {name}: {file} is not JSON: {error}") from error
-    if not isinstance(index, dict):
-        raise ModelError(f"model {name}: {file} is not a JSON object")
-    return index
-
-
-def _refuse_pickles(name: str, folder: Path, index: dict[str, Any]) -> None:
-    """Say clearly which part has no safetensors, instead of diffusers' general complaint."""
-    for part, described in index.items():
-        place = folder / part
-        if not isinstance(described, list) or not place.is_dir() or any(place.glob("*.safetensors")):
-            continue
-        pickles = sorted(path.name for path in place.iterdir() if path.suffix in _PICKLES)
-        if pickles:
-            raise ModelError(
-                f"model {name}: {part} has only pickled weights ({', '.join(pickles)}), which can run code when "
-                "loaded; convert them to safetensors"
-            )
-
-
-def _load_preview(name: str, row: ModelSettings, pipeline: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """The small autoencoder that previews are decoded with, None if the model has none."""
-    inside = Path(row.source) / PREVIEW_FOLDER
-    if row.preview_autoencoder is not None:
-        folder = Path(row.preview_autoencoder)
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"model {name}: preview_autoencoder {folder} is not a diffusers model folder")
-    elif inside.is_dir():
-        folder = inside
-    else:
-        return None
-    try:
-        preview = diffusers.AutoencoderTiny.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model {name}: preview autoencoder {folder} cannot be loaded: {error}") from error
-    latent_channels = pipeline.vae.config.latent_channels
-    if preview.config.latent_channels != latent_channels:
-        raise ModelError(
-            f"model {name}: preview autoencoder {folder} decodes {preview.config.latent_channels} latent channels, "
-            f"the model has {latent_channels}"
-        )
-    if hasattr(pipeline, "_unpack_latents"):
-        raise ModelError(f"model {name}: {type(pipeline).__name__} packs its latents; previews cannot decode those")
-    preview = preview.to(device).eval()
-    try:
-        # Folders whose layer widths differ load without complaint and fail only here.
-        preview.decode(torch.zeros(1, latent_channels, 8, 8, dtype=dtype, device=device))
-    except RuntimeError as error:
-        raise ModelError(f"model {name}: preview autoencoder {folder} does not decode: {error}") from error
-    return preview
+def _pixels_a_latent(vae: Any) -> int:
+    return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
 def _sizes(pipeline: Any, denoiser: Any) -> tuple[int, int, int]:

@@ -2,17 +2,18 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 import torch
 
-from services.diffusion.domain import JobUpdate, Painted, PaintJob, Parameters
+from services.diffusion.domain import JobUpdate, Painted, PaintJob, Parameters, PreviewPlan
 from services.diffusion.engine.main import DiffusionEngine, create_engine
 from services.diffusion.settings import ModelSettings, Settings
-from services.kit.engine_api import Failed, Finished, JobEvent, Raw, Update
+from services.kit.engine_api import Described, Failed, Finished, JobEvent, Raw, Update
 from services.kit.faults import FaultData
-from tests.support import tiny_diffusion
+from tests.support import diffusion_families, original_layouts, tiny_diffusion
 
 
 class Driver:
@@ -28,7 +29,8 @@ class Driver:
 
     def step(self) -> None:
         for event in self.engine.step():
-            self.events[event.job].append(event)
+            if not isinstance(event, Described):
+                self.events[event.job].append(event)
 
     def until_step(self, name: str, step: int) -> None:
         """Go on until the named job has reported that step."""
@@ -78,9 +80,26 @@ def paint_job(
     image_count: int = 1,
     media_type: str = "image/png",
     preview_interval: int = 0,
+    batch_count: int = 1,
+    **more: Any,
 ) -> PaintJob:
-    parameters = Parameters(model, prompt, negative_prompt, width, height, step_count, guidance_scale, scheduler, seed)
-    return PaintJob(parameters, image_count, media_type, 90, preview_interval)
+    """more: other fields of Parameters."""
+    pictures = tuple(
+        Parameters(
+            model=model,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            width=width,
+            height=height,
+            step_count=step_count,
+            guidance_scale=guidance_scale,
+            scheduler=scheduler,
+            seed=seed + i,
+            **more,
+        )
+        for i in range(image_count * batch_count)
+    )
+    return PaintJob(pictures, image_count, media_type, 90, PreviewPlan(interval=preview_interval))
 
 
 @pytest.fixture(scope="session")
@@ -91,6 +110,28 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "plain": tiny_diffusion.make_folder(root / "plain", tiny_diffusion.PLAIN, preview=False),
         "flow": tiny_diffusion.make_flow_folder(root / "flow"),
     }
+
+
+class Families:
+    """The checkpoint families (tests/support/diffusion_families.py), each made when it is first asked for."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def folder(self, family: str) -> Path:
+        """In diffusers' layout."""
+        folder = self._root / family
+        return folder if folder.is_dir() else diffusion_families.MAKERS[family](folder)
+
+    def file(self, family: str) -> Path:
+        """One safetensors file in the family's original layout."""
+        file = self._root / f"{family}.safetensors"
+        return file if file.is_file() else original_layouts.write(self.folder(family), file)
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Families:
+    return Families(tmp_path_factory.mktemp("families"))
 
 
 @pytest.fixture(scope="session")

@@ -3,13 +3,16 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file
 
-from services.diffusion.engine.models import LoadedModel, ModelError, choose_dtype
+from services.diffusion.engine import sources
+from services.diffusion.engine.models import LoadedModel, choose_dtype, needed_bytes
+from services.diffusion.engine.sources import ModelError
 from services.diffusion.settings import ModelSettings
 from services.runtimes.hardware import Hardware
 from tests.support import tiny_diffusion
@@ -51,19 +54,6 @@ def test_half_precision_files_load_as_what_is_asked_for(folders: dict[str, Path]
     assert {weight.dtype for weight in loaded.denoiser.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize(
-    ("source", "says"),
-    [
-        ("stable-diffusion-v1-5/stable-diffusion-v1-5", "pinned as owner/name@revision"),
-        ("/no/such/folder", "neither a folder here nor"),
-        ("owner/name@", "pinned"),
-    ],
-)
-def test_a_source_that_is_neither_folder_nor_pinned(source: str, says: str) -> None:
-    with pytest.raises(ModelError, match=says):
-        load(source)
-
-
 def test_a_folder_that_is_no_pipeline(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no model_index.json"):
         load(tmp_path)
@@ -87,7 +77,7 @@ def test_pickled_weights_are_refused_by_part(folder: Path) -> None:
 def test_a_truncated_file_is_said_to_be_unloadable(folder: Path) -> None:
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ModelError, match="model mine: .* cannot be loaded"):
+    with pytest.raises(ModelError, match="model mine: unet: .* is not a whole safetensors file"):
         load(folder)
 
 
@@ -130,3 +120,68 @@ class TestPreviewAutoencoder:
 def test_dtype_follows_the_hardware() -> None:
     assert choose_dtype("auto", CPU) is torch.float32
     assert choose_dtype("bfloat16", CPU) is torch.bfloat16
+
+
+class TestOtherVaes:
+    @pytest.fixture
+    def other(self, folders: dict[str, Path], tmp_path: Path) -> Path:
+        """The model's own VAE with other weights."""
+        vae = AutoencoderKL.from_pretrained(folders["plain"], subfolder="vae")
+        with torch.no_grad():
+            vae.decoder.conv_out.bias += 1.0
+        vae.save_pretrained(tmp_path / "other")
+        return tmp_path / "other"
+
+    def test_are_loaded_by_name_once(self, folders: dict[str, Path], other: Path) -> None:
+        model = load(folders["plain"], vaes={"bright": str(other)})
+        assert model.info.vaes == ("bright",)
+        vae = model.vae("bright")
+        assert vae is model.vae("bright")
+        own = model.pipeline.vae
+        assert torch.equal(vae.decoder.conv_out.bias, own.decoder.conv_out.bias + 1.0)
+        assert {weight.dtype for weight in vae.parameters()} == {torch.float32}
+        with pytest.raises(KeyError):
+            model.vae("dark")
+
+    def test_count_before_they_are_loaded(self, folders: dict[str, Path], other: Path) -> None:
+        plain, more = ModelSettings(source=str(folders["plain"])), {"bright": str(other)}
+        source = sources.find(plain)
+        row = ModelSettings(source=str(folders["plain"]), vaes=more)
+        numbers = sum(weight.numel() for weight in AutoencoderKL.from_pretrained(other).parameters())
+        difference = needed_bytes(row, source, torch.bfloat16) - needed_bytes(plain, source, torch.bfloat16)
+        assert difference == 2 * numbers
+
+    def test_that_are_not_there_stop_the_model(self, folders: dict[str, Path], tmp_path: Path) -> None:
+        with pytest.raises(ModelError, match="model mine: vaes.bright: .* is not a diffusers model folder"):
+            load(folders["plain"], vaes={"bright": str(tmp_path)})
+
+    @pytest.mark.parametrize(
+        ("change", "says"),
+        [
+            ({"latent_channels": 7}, "vaes.bright decodes 7 latent channels, the model has 4"),
+            (
+                {
+                    "block_out_channels": (8, 8, 16),
+                    "down_block_types": ("DownEncoderBlock2D",) * 3,
+                    "up_block_types": ("UpDecoderBlock2D",) * 3,
+                },
+                "vaes.bright makes 4 pixels of a latent, the model's own VAE 8",
+            ),
+        ],
+    )
+    def test_must_fit_the_models_latents(
+        self, folders: dict[str, Path], tmp_path: Path, change: dict[str, Any], says: str
+    ) -> None:
+        config = AutoencoderKL.load_config(folders["plain"], subfolder="vae")
+        AutoencoderKL.from_config({**config, **change}).save_pretrained(tmp_path / "odd")
+        model = load(folders["plain"], vaes={"bright": str(tmp_path / "odd")})
+        with pytest.raises(ModelError, match=says):
+            model.vae("bright")
+
+
+def test_what_loading_will_take_is_what_it_takes(folders: dict[str, Path]) -> None:
+    for name, folder in folders.items():
+        row = ModelSettings(source=str(folder))
+        needed = needed_bytes(row, sources.find(row), torch.float32)
+        held = load(folder).info.memory_bytes
+        assert 0.99 * held <= needed <= 1.01 * held, name  # position numbers are in no file

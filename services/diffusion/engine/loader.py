@@ -1,0 +1,90 @@
+"""Loading one model by its name in two parts, either of which may take long: looking at its files, which may have to be
+fetched, and reading and warming it.
+
+Both may run on any thread while other models paint.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from services.diffusion import catalog
+from services.diffusion.engine import sources
+from services.diffusion.engine.models import LoadedModel, needed_bytes
+from services.diffusion.engine.sources import ModelError, ModelMissingError, Source
+from services.diffusion.settings import ModelSettings, Settings
+from services.kit import faults
+from services.kit.faults import Fault
+from services.runtimes.hardware import Hardware
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A checkpoint that was looked at. needed_bytes: memory that its weights take, its other VAEs included."""
+
+    row: ModelSettings
+    source: Source
+    needed_bytes: int
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Loads models by the names they are known by.
+
+    warm: paints a first time with a model that was just read; raises ModelError for one that cannot.
+    """
+
+    settings: Settings
+    hardware: Hardware
+    dtype: torch.dtype
+    warm: Callable[[LoadedModel], None]
+
+    def check(self, name: str) -> Checked:
+        """See what a model is made of and what it needs; raises ModelError."""
+        row = catalog.known_models(self.settings).get(name)
+        if row is None:
+            raise ModelMissingError(f"model {name}: there is no such model any more")
+        try:
+            source = sources.find(row)
+            return Checked(row, source, needed_bytes(row, source, self.dtype))
+        except ModelError as error:
+            raise type(error)(f"model {name}: {error}") from error
+
+    def read(self, name: str, checked: Checked, when_read: Callable[[], None] = lambda: None) -> LoadedModel:
+        """Read the weights, call `when_read`, and warm the model; raises ModelError."""
+        model = LoadedModel(name, checked.row, self.hardware, self.dtype, checked.source)
+        when_read()
+        self.warm(model)
+        return model
+
+
+def fault_of(name: str, error: BaseException) -> Fault:
+    """Why a model could not be loaded, as its callers are told."""
+    match error:
+        case Fault():
+            return error
+        case ModelMissingError():
+            return Fault(
+                faults.FaultData(
+                    faults.Kind.NOT_FOUND,
+                    "MODEL_FILES_NOT_FOUND",
+                    str(error),
+                    resource=faults.Resource("model", name),
+                )
+            )
+        case ModelError():
+            return faults.failed_precondition("MODEL_UNUSABLE", str(error), model=name)
+        case MemoryError() | torch.OutOfMemoryError():
+            return faults.overloaded(
+                "MODEL_MEMORY_FULL",
+                f"model {name}: the machine had no memory left for it; unload another or lower memory_limit_bytes",
+                retry_after_ms=5000,
+                model=name,
+            )
+        case _:
+            log.error("loading model %s failed", name, exc_info=error)
+            return faults.internal(f"loading model {name} failed in an unforeseen way; the service's log has more")

@@ -1,0 +1,70 @@
+"""Protobuf to domain and back for models."""
+
+from collections.abc import Sequence
+
+from inkwell.common.v1 import common_pb2
+from inkwell.diffusion.v1 import diffusion_pb2 as pb
+from services.diffusion.domain import Loading, ModelState
+from services.diffusion.models import ListedModel
+
+_STATES: dict[ModelState, common_pb2.ModelState.ValueType] = {
+    "loading": common_pb2.MODEL_STATE_LOADING,
+    "ready": common_pb2.MODEL_STATE_READY,
+    "unloaded": common_pb2.MODEL_STATE_UNLOADED,
+}
+_STAGES = {
+    "waiting": pb.LOAD_STAGE_WAITING,
+    "reading_weights": pb.LOAD_STAGE_READING_WEIGHTS,
+    "warming": pb.LOAD_STAGE_WARMING,
+}
+
+
+def models(listed: Sequence[ListedModel]) -> pb.ListModelsResponse:
+    """The known models, the default one first."""
+    return pb.ListModelsResponse(models=[model(one) for one in listed])
+
+
+def model(listed: ListedModel) -> pb.Model:
+    """A known model; where it is and what it takes is left empty while it is unloaded."""
+    message = pb.Model(
+        name=listed.name,
+        state=_STATES[listed.state],
+        is_default=listed.is_default,
+        file_bytes=listed.file_bytes,
+        vaes=listed.vaes,
+    )
+    info = listed.info
+    if info is None:
+        return message
+    message.MergeFrom(
+        pb.Model(
+            parameter_count=info.parameter_count,
+            pipeline=info.pipeline,
+            default_width=info.default_width,
+            default_height=info.default_height,
+            size_multiple=info.size_multiple,
+            default_step_count=info.default_step_count,
+            default_guidance_scale=info.default_guidance_scale,
+            default_scheduler=info.default_scheduler,
+            prompt_token_limit=info.prompt_token_limit,
+            has_preview_autoencoder=info.has_preview_autoencoder,
+            features=info.features,
+            schedulers=info.schedulers,
+        )
+    )
+    if listed.state == "ready":
+        message.hardware, message.runtime, message.dtype = listed.hardware, listed.runtime, info.dtype
+        message.memory_bytes = info.memory_bytes
+    return message
+
+
+def load_progress(stage: Loading) -> pb.LoadModelResponse:
+    """Where loading stands."""
+    return pb.LoadModelResponse(
+        progress=pb.LoadProgress(stage=_STAGES[stage.stage], evicted_models=stage.evicted_models)
+    )
+
+
+def load_result(listed: ListedModel) -> pb.LoadModelResponse:
+    """The end of loading."""
+    return pb.LoadModelResponse(result=pb.LoadResult(model=model(listed)))
