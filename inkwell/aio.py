@@ -1,13 +1,15 @@
 """The client for asyncio: the same calls as `inkwell.Client`, to be awaited or iterated with `async for`."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable
+from typing import Literal, Unpack, overload
 
 from inkwell import types
 from inkwell.aio_calls import last
 from inkwell.aio_reader import AsyncReader
 from inkwell.converters import inventory, paint
+from inkwell.converters.asking import attach, generate_request
 from inkwell.converters.inventory import Service
-from inkwell.converters.paint import PaintOptions
 from inkwell.diffusion.v1 import diffusion_pb2, diffusion_pb2_grpc
 from inkwell.errors import Unimplemented
 from inkwell.gateway.v1 import gateway_pb2_grpc
@@ -27,54 +29,31 @@ class AsyncClient(AsyncReader):
         self,
         prompt: str,
         *,
-        negative_prompt: str = "",
-        model: str = "",
-        width: int | None = None,
-        height: int | None = None,
-        steps: int | None = None,
-        guidance_scale: float | None = None,
-        scheduler: str = "",
-        seed: int | None = None,
-        image_count: int | None = None,
-        media_type: str = "",
-        quality: int | None = None,
-        previews: bool = False,
         timeout_s: float | None = None,
         on_event: Callable[[types.PaintEvent], object] | None = None,
+        **options: Unpack[types.PaintOptions],
     ) -> list[types.Picture]:
         """Paint pictures; see `Client.paint`."""
-        options = PaintOptions(
-            prompt, negative_prompt, model, width, height, steps, guidance_scale, scheduler, seed, image_count,
-            media_type, quality, previews,
-        )  # fmt: skip
-        result = await last(self._paint_events(options, timeout_s), on_event)
+        result = await last(self.paint_stream(prompt, timeout_s=timeout_s, **options), on_event)
         assert isinstance(result, types.PaintResult)
         return list(result.pictures)
 
     def paint_stream(
-        self,
-        prompt: str,
-        *,
-        negative_prompt: str = "",
-        model: str = "",
-        width: int | None = None,
-        height: int | None = None,
-        steps: int | None = None,
-        guidance_scale: float | None = None,
-        scheduler: str = "",
-        seed: int | None = None,
-        image_count: int | None = None,
-        media_type: str = "",
-        quality: int | None = None,
-        previews: bool = False,
-        timeout_s: float | None = None,
+        self, prompt: str, *, timeout_s: float | None = None, **options: Unpack[types.PaintOptions]
     ) -> AsyncGenerator[types.PaintEvent, None]:
         """The same as events, the result last; see `Client.paint_stream`."""
-        options = PaintOptions(
-            prompt, negative_prompt, model, width, height, steps, guidance_scale, scheduler, seed, image_count,
-            media_type, quality, previews,
-        )  # fmt: skip
-        return self._paint_events(options, timeout_s)
+        request, attachments = generate_request(prompt, options)
+
+        async def complete() -> diffusion_pb2.GenerateRequest:
+            if attachments:
+                await asyncio.to_thread(attach, attachments)
+            return request
+
+        def start(ready: diffusion_pb2.GenerateRequest) -> AsyncGenerator[types.PaintEvent, None]:
+            method = self._diffusion().Generate
+            return self._stream(method, ready, paint.paint_event, types.PaintResult, timeout_s)
+
+        return self._later(complete, start)
 
     # --- what there is ---------------------------------------------------------------------------------------------
 
@@ -84,8 +63,7 @@ class AsyncClient(AsyncReader):
             answer, _ = await self._unary(self._ocr().ListModels, ocr_pb2.ListModelsRequest(), timeout_s)
             return list(inventory.ocr_models(answer))
         if service == "diffusion":
-            painters = diffusion_pb2_grpc.DiffusionServiceStub(self._channel())
-            answer, _ = await self._unary(painters.ListModels, diffusion_pb2.ListModelsRequest(), timeout_s)
+            answer, _ = await self._unary(self._diffusion().ListModels, diffusion_pb2.ListModelsRequest(), timeout_s)
             return list(inventory.diffusion_models(answer))
         try:
             found = await self.models("ocr", timeout_s=timeout_s)
@@ -98,9 +76,8 @@ class AsyncClient(AsyncReader):
 
     async def schedulers(self, *, timeout_s: float | None = None) -> list[types.Scheduler]:
         """The schedulers that `paint` knows by name."""
-        stub = diffusion_pb2_grpc.DiffusionServiceStub(self._channel())
         request = diffusion_pb2.ListSchedulersRequest()
-        answer, _ = await self._unary(stub.ListSchedulers, request, timeout_s)
+        answer, _ = await self._unary(self._diffusion().ListSchedulers, request, timeout_s)
         return inventory.schedulers(answer)
 
     async def fleet(self, *, service: str = "", hardware: str = "", timeout_s: float | None = None) -> list[types.Pool]:
@@ -110,32 +87,78 @@ class AsyncClient(AsyncReader):
         answer, _ = await self._unary(stub.ListPools, request, timeout_s)
         return inventory.pools(answer)
 
+    async def adapters(self, *, timeout_s: float | None = None) -> list[types.Adapter]:
+        """The LoRAs, textual inversion embeddings and image prompt adapters that `paint` knows by name."""
+        request = diffusion_pb2.ListAdaptersRequest()
+        answer, _ = await self._unary(self._diffusion().ListAdapters, request, timeout_s)
+        return inventory.adapters(answer)
+
+    async def controls(self, *, timeout_s: float | None = None) -> types.Controls:
+        """The models that steer a composition, and the preprocessors that make conditions, that `paint` knows."""
+        request = diffusion_pb2.ListControlsRequest()
+        answer, _ = await self._unary(self._diffusion().ListControls, request, timeout_s)
+        return inventory.controls(answer)
+
+    @overload
     async def load_model(
         self,
         name: str,
         *,
+        service: Literal["ocr"] = "ocr",
         precision: str | None = None,
         timeout_s: float | None = None,
         on_event: Callable[[types.LoadEvent], object] | None = None,
-    ) -> types.OcrModel:
-        """Load a model that reads and wait until it serves; see `Client.load_model`."""
-        result = await last(self.load_model_stream(name, precision=precision, timeout_s=timeout_s), on_event)
+    ) -> types.OcrModel: ...
+
+    @overload
+    async def load_model(
+        self,
+        name: str,
+        *,
+        service: Literal["diffusion"],
+        timeout_s: float | None = None,
+        on_event: Callable[[types.LoadEvent], object] | None = None,
+    ) -> types.DiffusionModel: ...
+
+    async def load_model(
+        self,
+        name: str,
+        *,
+        service: Service = "ocr",
+        precision: str | None = None,
+        timeout_s: float | None = None,
+        on_event: Callable[[types.LoadEvent], object] | None = None,
+    ) -> types.Model:
+        """Load a model and wait until it serves; see `Client.load_model`."""
+        events = self.load_model_stream(name, service=service, precision=precision, timeout_s=timeout_s)
+        result = await last(events, on_event)
         assert isinstance(result, types.LoadResult)
         return result.model
 
     def load_model_stream(
-        self, name: str, *, precision: str | None = None, timeout_s: float | None = None
+        self, name: str, *, service: Service = "ocr", precision: str | None = None, timeout_s: float | None = None
     ) -> AsyncGenerator[types.LoadEvent, None]:
         """The same as events, the result last; see `Client.load_model_stream`."""
-        request = inventory.load_request(name, precision)
-        return self._stream(self._ocr().LoadModel, request, inventory.load_event, types.LoadResult, timeout_s)
+        request = inventory.load_request(name, precision, service)
+        method = self._diffusion().LoadModel if service == "diffusion" else self._ocr().LoadModel
+        return self._stream(method, request, inventory.load_event, types.LoadResult, timeout_s)
 
-    async def unload_model(self, name: str, *, timeout_s: float | None = None) -> types.OcrModel:
+    @overload
+    async def unload_model(
+        self, name: str, *, service: Literal["ocr"] = "ocr", timeout_s: float | None = None
+    ) -> types.OcrModel: ...
+
+    @overload
+    async def unload_model(
+        self, name: str, *, service: Literal["diffusion"], timeout_s: float | None = None
+    ) -> types.DiffusionModel: ...
+
+    async def unload_model(self, name: str, *, service: Service = "ocr", timeout_s: float | None = None) -> types.Model:
         """Free a model's memory once the calls that use it are done; see `Client.unload_model`."""
-        answer, _ = await self._unary(self._ocr().UnloadModel, inventory.unload_request(name), timeout_s)
-        return inventory.ocr_model(answer.model)
+        request = inventory.unload_request(name, service)
+        method = self._diffusion().UnloadModel if service == "diffusion" else self._ocr().UnloadModel
+        answer, _ = await self._unary(method, request, timeout_s)
+        return inventory.model(answer.model)
 
-    def _paint_events(self, options: PaintOptions, timeout_s: float | None) -> AsyncGenerator[types.PaintEvent, None]:
-        request = paint.generate_request(options)
-        method = diffusion_pb2_grpc.DiffusionServiceStub(self._channel()).Generate
-        return self._stream(method, request, paint.paint_event, types.PaintResult, timeout_s)
+    def _diffusion(self) -> diffusion_pb2_grpc.DiffusionServiceStub:
+        return diffusion_pb2_grpc.DiffusionServiceStub(self._channel())

@@ -1,12 +1,13 @@
 """The blocking client."""
 
 from collections.abc import Callable, Generator
+from typing import Literal, Unpack, overload
 
 from inkwell import types
 from inkwell.calls import last
 from inkwell.converters import inventory, paint
+from inkwell.converters.asking import attach, generate_request
 from inkwell.converters.inventory import Service
-from inkwell.converters.paint import PaintOptions
 from inkwell.diffusion.v1 import diffusion_pb2
 from inkwell.errors import Unimplemented
 from inkwell.ocr.v1 import ocr_pb2
@@ -26,60 +27,26 @@ class Client(Reader):
         self,
         prompt: str,
         *,
-        negative_prompt: str = "",
-        model: str = "",
-        width: int | None = None,
-        height: int | None = None,
-        steps: int | None = None,
-        guidance_scale: float | None = None,
-        scheduler: str = "",
-        seed: int | None = None,
-        image_count: int | None = None,
-        media_type: str = "",
-        quality: int | None = None,
-        previews: bool = False,
         timeout_s: float | None = None,
         on_event: Callable[[types.PaintEvent], object] | None = None,
+        **options: Unpack[types.PaintOptions],
     ) -> list[types.Picture]:
         """Paint pictures; options left out take the model's defaults, which `models` shows.
 
-        width, height: pixels, multiples of the model's size_multiple.
-        seed: 0 to 2**32 - 1, random if left out; picture i has seed + i and is the same as if asked for alone.
-        media_type: "image/png" (default), "image/jpeg" or "image/webp"; quality: 1 to 100, not for PNG.
-        on_event: called with every event as it comes, the result last; `previews` adds a preview after every step.
+        options: see `PaintOptions`, such as `seed=7`, `steps=30`, `image="photo.png"` or `loras=["fluent"]`.
+        on_event: called with every event as it comes, the result last.
         """
-        options = PaintOptions(
-            prompt, negative_prompt, model, width, height, steps, guidance_scale, scheduler, seed, image_count,
-            media_type, quality, previews,
-        )  # fmt: skip
-        result = last(self._paint_events(options, timeout_s), on_event)
+        result = last(self.paint_stream(prompt, timeout_s=timeout_s, **options), on_event)
         assert isinstance(result, types.PaintResult)
         return list(result.pictures)
 
     def paint_stream(
-        self,
-        prompt: str,
-        *,
-        negative_prompt: str = "",
-        model: str = "",
-        width: int | None = None,
-        height: int | None = None,
-        steps: int | None = None,
-        guidance_scale: float | None = None,
-        scheduler: str = "",
-        seed: int | None = None,
-        image_count: int | None = None,
-        media_type: str = "",
-        quality: int | None = None,
-        previews: bool = False,
-        timeout_s: float | None = None,
+        self, prompt: str, *, timeout_s: float | None = None, **options: Unpack[types.PaintOptions]
     ) -> Generator[types.PaintEvent, None, None]:
         """The same as events: queued, started, progress, previews, the result last. Closing it cancels the call."""
-        options = PaintOptions(
-            prompt, negative_prompt, model, width, height, steps, guidance_scale, scheduler, seed, image_count,
-            media_type, quality, previews,
-        )  # fmt: skip
-        return self._paint_events(options, timeout_s)
+        request, attachments = generate_request(prompt, options)
+        attach(attachments)
+        return self._stream(self._diffusion.Generate, request, paint.paint_event, types.PaintResult, timeout_s)
 
     # --- what there is ---------------------------------------------------------------------------------------------
 
@@ -112,37 +79,79 @@ class Client(Reader):
         answer, _ = self._unary(self._gateway.ListPools, request, timeout_s)
         return inventory.pools(answer)
 
+    def adapters(self, *, timeout_s: float | None = None) -> list[types.Adapter]:
+        """The LoRAs, textual inversion embeddings and image prompt adapters that `paint` knows by name."""
+        answer, _ = self._unary(self._diffusion.ListAdapters, diffusion_pb2.ListAdaptersRequest(), timeout_s)
+        return inventory.adapters(answer)
+
+    def controls(self, *, timeout_s: float | None = None) -> types.Controls:
+        """The models that steer a composition, and the preprocessors that make conditions, that `paint` knows."""
+        answer, _ = self._unary(self._diffusion.ListControls, diffusion_pb2.ListControlsRequest(), timeout_s)
+        return inventory.controls(answer)
+
+    @overload
     def load_model(
         self,
         name: str,
         *,
+        service: Literal["ocr"] = "ocr",
         precision: str | None = None,
         timeout_s: float | None = None,
         on_event: Callable[[types.LoadEvent], object] | None = None,
-    ) -> types.OcrModel:
-        """Load a model that reads and wait until it serves; at once when it does so with this precision already.
+    ) -> types.OcrModel: ...
 
-        precision: see `Precision`; the server's setting if left out. When memory is short, the models used longest ago
-            are unloaded. Through a gateway, this concerns the one endpoint that it chooses.
+    @overload
+    def load_model(
+        self,
+        name: str,
+        *,
+        service: Literal["diffusion"],
+        timeout_s: float | None = None,
+        on_event: Callable[[types.LoadEvent], object] | None = None,
+    ) -> types.DiffusionModel: ...
+
+    def load_model(
+        self,
+        name: str,
+        *,
+        service: Service = "ocr",
+        precision: str | None = None,
+        timeout_s: float | None = None,
+        on_event: Callable[[types.LoadEvent], object] | None = None,
+    ) -> types.Model:
+        """Load a model and wait until it serves; at once when it does so already.
+
+        service: "ocr" for a model that reads, "diffusion" for one that paints.
+        precision: of a model that reads, see `Precision`; the server's setting if left out. When memory is short, the
+            models used longest ago are unloaded. Through a gateway, this concerns the one endpoint that it chooses.
         on_event: called with every event as it comes, the result last.
         """
-        result = last(self.load_model_stream(name, precision=precision, timeout_s=timeout_s), on_event)
+        events = self.load_model_stream(name, service=service, precision=precision, timeout_s=timeout_s)
+        result = last(events, on_event)
         assert isinstance(result, types.LoadResult)
         return result.model
 
     def load_model_stream(
-        self, name: str, *, precision: str | None = None, timeout_s: float | None = None
+        self, name: str, *, service: Service = "ocr", precision: str | None = None, timeout_s: float | None = None
     ) -> Generator[types.LoadEvent, None, None]:
         """The same as events: stages of loading, the result last."""
-        request = inventory.load_request(name, precision)
-        return self._stream(self._ocr.LoadModel, request, inventory.load_event, types.LoadResult, timeout_s)
+        request = inventory.load_request(name, precision, service)
+        method = self._diffusion.LoadModel if service == "diffusion" else self._ocr.LoadModel
+        return self._stream(method, request, inventory.load_event, types.LoadResult, timeout_s)
 
-    def unload_model(self, name: str, *, timeout_s: float | None = None) -> types.OcrModel:
+    @overload
+    def unload_model(
+        self, name: str, *, service: Literal["ocr"] = "ocr", timeout_s: float | None = None
+    ) -> types.OcrModel: ...
+
+    @overload
+    def unload_model(
+        self, name: str, *, service: Literal["diffusion"], timeout_s: float | None = None
+    ) -> types.DiffusionModel: ...
+
+    def unload_model(self, name: str, *, service: Service = "ocr", timeout_s: float | None = None) -> types.Model:
         """Free a model's memory once the calls that use it are done. The next call that names it loads it again."""
-        answer, _ = self._unary(self._ocr.UnloadModel, inventory.unload_request(name), timeout_s)
-        return inventory.ocr_model(answer.model)
-
-    def _paint_events(self, options: PaintOptions, timeout_s: float | None) -> Generator[types.PaintEvent, None, None]:
-        request = paint.generate_request(options)
-        method = self._diffusion.Generate
-        return self._stream(method, request, paint.paint_event, types.PaintResult, timeout_s)
+        request = inventory.unload_request(name, service)
+        method = self._diffusion.UnloadModel if service == "diffusion" else self._ocr.UnloadModel
+        answer, _ = self._unary(method, request, timeout_s)
+        return inventory.model(answer.model)

@@ -92,7 +92,7 @@ class NotFound(InkwellError):
     """The request names something that is not there; the message lists what is."""
 
     default_code = "NOT_FOUND"
-    default_hint = "Take a name from the message, or ask for models() and schedulers()."
+    default_hint = "Take a name from the message, or ask for models(), schedulers(), adapters() and controls()."
 
 
 class TooLarge(InkwellError):

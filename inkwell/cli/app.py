@@ -1,7 +1,5 @@
 """The commands and their options; what they do is in the modules beside this one."""
 
-import re
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -9,6 +7,7 @@ import typer
 from inkwell.aio import AsyncClient
 from inkwell.channel import DEFAULT_TIMEOUT_S
 from inkwell.cli import inventory
+from inkwell.cli import paint as painter
 from inkwell.cli.options import (
     DEFAULT_ADDRESS,
     EXIT_CODES,
@@ -222,85 +221,9 @@ def embed(
     )
 
 
-@app.command(epilog=EXIT_CODES)
-def paint(
-    prompt: Annotated[str | None, typer.Argument(help="What to paint; optional with --like.", metavar="PROMPT")] = None,
-    output: Annotated[
-        str,
-        typer.Option(
-            "--output", "-o", help="File to write: .png, .jpg or .webp; '-' for a PNG on stdout.", metavar="FILE"
-        ),
-    ] = ...,  # type: ignore[assignment]  # typer's mark of a required option
-    address: Address = DEFAULT_ADDRESS,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Name from 'inkwell models'.", metavar="NAME")
-    ] = None,
-    negative: Annotated[str | None, typer.Option("--negative", "-n", help="What it should not show.")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps.")] = None,
-    size: Annotated[str | None, typer.Option("--size", help="In pixels, such as 64x64.", metavar="WxH")] = None,
-    guidance: Annotated[float | None, typer.Option("--guidance", help="How strongly the prompt rules.")] = None,
-    scheduler: Annotated[
-        str | None, typer.Option("--scheduler", help="Name from 'inkwell schedulers'.", metavar="NAME")
-    ] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="0 to 4294967295; random if left out.")] = None,
-    count: Annotated[
-        int, typer.Option("--count", "-c", help="Pictures to paint; several get -1, -2, … before the extension.", min=1)
-    ] = 1,
-    quality: Annotated[int | None, typer.Option("--quality", help="1 to 100, for JPEG and WebP.")] = None,
-    like: Annotated[
-        Path | None,
-        typer.Option("--like", help="Repeat this picture from the parameters in its file; other options override."),
-    ] = None,
-    preview: Annotated[
-        bool, typer.Option("--preview/--no-preview", help="Draw previews where the terminal has colours.")
-    ] = True,
-    hardware: Hardware = None,
-    timeout: Timeout = DEFAULT_TIMEOUT_S,
-    wait: Wait = None,
-    json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Paint a picture from a prompt; prints the path of every picture written."""
-    from inkwell.cli import painting
-
-    if prompt is None and like is None:
-        raise typer.BadParameter("say what to paint, or give --like FILE", param_hint="PROMPT")
-    destination = painting.destination(output, count)
-    if json and destination.stdout:
-        raise typer.BadParameter("stdout cannot carry both the picture and --json", param_hint="--output")
-    width, height = _size(size)
-    options = painting.merged(
-        like,
-        {
-            "prompt": prompt,
-            "negative_prompt": negative,
-            "model": model,
-            "width": width,
-            "height": height,
-            "steps": steps,
-            "guidance_scale": guidance,
-            "scheduler": scheduler,
-            "seed": seed,
-        },
-    )
-    options |= {"media_type": destination.media_type, "quality": quality, "timeout_s": timeout}
-    if count > 1:
-        options["image_count"] = count
-    call(
-        lambda client: painting.run(client, options, destination, as_json=json, quiet=quiet, preview=preview),
-        AsyncClient(address, hardware=hardware, wait_for_ready_s=wait),
-    )
-
-
+app.command(epilog=EXIT_CODES)(painter.paint)
 app.command(epilog=EXIT_CODES)(inventory.fleet)
 app.add_typer(inventory.models, name="models")
 app.command(epilog=EXIT_CODES)(inventory.schedulers)
-
-
-def _size(text: str | None) -> tuple[int | None, int | None]:
-    if text is None:
-        return None, None
-    match = re.fullmatch(r"(\d{1,9})[xX×](\d{1,9})", text)
-    if match is None:
-        raise typer.BadParameter(f"{text!r} is not WIDTHxHEIGHT in pixels, such as 64x64", param_hint="--size")
-    return int(match[1]), int(match[2])
+app.command(epilog=EXIT_CODES)(inventory.adapters)
+app.command(epilog=EXIT_CODES)(inventory.controls)

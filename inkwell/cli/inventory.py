@@ -1,6 +1,6 @@
-"""The commands `inkwell fleet`, `inkwell models` and `inkwell schedulers`."""
+"""The commands `inkwell fleet`, `models`, `schedulers`, `adapters` and `controls`."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -21,13 +21,17 @@ from inkwell.cli.options import (
 from inkwell.types import Precision
 
 models = typer.Typer(
-    help="List the models that can read or paint, or load and unload one that reads.",
+    help="List the models that can read or paint, or load and unload one.",
     epilog=EXIT_CODES,
     invoke_without_command=True,
     subcommand_metavar="[COMMAND]",
 )
 
 Name = Annotated[str, typer.Argument(help="Name from 'inkwell models'.", metavar="NAME")]
+ItsService = Annotated[
+    Literal["ocr", "diffusion"] | None,
+    typer.Option("--service", help="The service that has it; the one that lists it if left out."),
+]
 
 
 def fleet(
@@ -63,6 +67,38 @@ def schedulers(
     )
 
 
+def adapters(
+    address: Address = DEFAULT_ADDRESS,
+    hardware: Hardware = None,
+    timeout: Timeout = LIST_TIMEOUT_S,
+    wait: Wait = None,
+    json: Json = False,
+) -> None:
+    """List the LoRAs, embeddings and image prompt adapters that 'inkwell paint' knows by name."""
+    from inkwell.cli import listing
+
+    call(
+        lambda client: listing.adapters(client, as_json=json),
+        AsyncClient(address, hardware=hardware, timeout_s=timeout, wait_for_ready_s=wait),
+    )
+
+
+def controls(
+    address: Address = DEFAULT_ADDRESS,
+    hardware: Hardware = None,
+    timeout: Timeout = LIST_TIMEOUT_S,
+    wait: Wait = None,
+    json: Json = False,
+) -> None:
+    """List what steers a composition with 'inkwell paint --control': models, and preprocessors of their pictures."""
+    from inkwell.cli import listing
+
+    call(
+        lambda client: listing.controls(client, as_json=json),
+        AsyncClient(address, hardware=hardware, timeout_s=timeout, wait_for_ready_s=wait),
+    )
+
+
 @models.callback()
 def _list_models(
     context: typer.Context,
@@ -90,9 +126,14 @@ def _list_models(
 def load(
     name: Name,
     address: Address = DEFAULT_ADDRESS,
+    service: ItsService = None,
     precision: Annotated[
         Precision | None,
-        typer.Option("--precision", "-p", help="What its weights are computed with; else the server's setting."),
+        typer.Option(
+            "--precision",
+            "-p",
+            help="What the weights of a model that reads are computed with; else the server's setting.",
+        ),
     ] = None,
     hardware: Hardware = None,
     timeout: Timeout = LONG_TIMEOUT_S,
@@ -100,11 +141,11 @@ def load(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Load a model that reads, and wait until it serves; through a gateway, at the one endpoint that it chooses."""
+    """Load a model, and wait until it serves; through a gateway, at the one endpoint that it chooses."""
     from inkwell.cli import loading
 
     call(
-        lambda client: loading.load(client, name, precision=precision, as_json=json, quiet=quiet),
+        lambda client: loading.load(client, name, service=service, precision=precision, as_json=json, quiet=quiet),
         AsyncClient(address, hardware=hardware, timeout_s=timeout, wait_for_ready_s=wait),
     )
 
@@ -113,6 +154,7 @@ def load(
 def unload(
     name: Name,
     address: Address = DEFAULT_ADDRESS,
+    service: ItsService = None,
     hardware: Hardware = None,
     timeout: Timeout = LONG_TIMEOUT_S,
     wait: Wait = None,
@@ -122,6 +164,6 @@ def unload(
     from inkwell.cli import loading
 
     call(
-        lambda client: loading.unload(client, name, as_json=json),
+        lambda client: loading.unload(client, name, service=service, as_json=json),
         AsyncClient(address, hardware=hardware, timeout_s=timeout, wait_for_ready_s=wait),
     )

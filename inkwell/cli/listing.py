@@ -1,7 +1,7 @@
-"""`inkwell fleet`, `inkwell models` and `inkwell schedulers`."""
+"""`inkwell fleet`, `models`, `schedulers`, `adapters` and `controls`."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import typer
@@ -46,13 +46,7 @@ async def fleet(client: AsyncClient, *, service: str, hardware: str, as_json: bo
 
 async def models(client: AsyncClient, *, as_json: bool) -> None:
     """A line a model. One service's failure does not hide the other's models, but ends in its exit code."""
-    found: list[tuple[Service, types.Model]] = []
-    failures: list[tuple[Service, InkwellError]] = []
-    for service in SERVICES:
-        try:
-            found += ((service, model) for model in await client.models(service))
-        except InkwellError as error:
-            failures.append((service, error))
+    found, failures = await models_by_service(client)
     # A service called directly has only its own models; that is no failure unless nobody has any.
     serious = [each for each in failures if not isinstance(each[1], Unimplemented)]
     if len(failures) == len(SERVICES):
@@ -88,9 +82,49 @@ async def schedulers(client: AsyncClient, *, as_json: bool) -> None:
         _json_lines(dataclasses.asdict(each) for each in found)
     else:
         report.table(
-            ("SCHEDULER", "DIFFUSERS CLASS", "WHEN TO TAKE IT"),
-            [(each.name, each.diffusers_class, each.description) for each in found],
+            ("SCHEDULER", "DIFFUSERS CLASS", "ALSO CALLED", "WHEN TO TAKE IT"),
+            [(each.name, each.diffusers_class, ", ".join(each.aliases), each.description) for each in found],
         )
+
+
+async def adapters(client: AsyncClient, *, as_json: bool) -> None:
+    """A line an adapter."""
+    found = await client.adapters()
+    if as_json:
+        _json_lines(dataclasses.asdict(each) for each in found)
+    else:
+        report.table(
+            ("ADAPTER", "KIND", "SIZE", "MODELS"),
+            [(each.name, each.kind.replace("_", " "), size(each.file_bytes), _fits(each.models)) for each in found],
+        )
+
+
+async def controls(client: AsyncClient, *, as_json: bool) -> None:
+    """A line a model that steers, then a line a preprocessor."""
+    found = await client.controls()
+    if as_json:
+        _json_lines(dataclasses.asdict(each) for each in found.models)
+        _json_lines({"kind": "preprocessor"} | dataclasses.asdict(each) for each in found.preprocessors)
+        return
+    steering = [
+        (each.name, each.kind.replace("_", " "), each.preprocessor, _fits(each.models), "") for each in found.models
+    ]
+    steps = [(each.name, "preprocessor", "", "", each.description) for each in found.preprocessors]
+    report.table(("NAME", "KIND", "WANTS PREPROCESSOR", "MODELS", "WHAT IT MAKES"), [*steering, *steps])
+
+
+async def models_by_service(
+    client: AsyncClient,
+) -> tuple[list[tuple[Service, types.Model]], list[tuple[Service, InkwellError]]]:
+    """The models of all services, and why one could not be asked."""
+    found: list[tuple[Service, types.Model]] = []
+    failures: list[tuple[Service, InkwellError]] = []
+    for service in SERVICES:
+        try:
+            found += ((service, model) for model in await client.models(service))
+        except InkwellError as error:
+            failures.append((service, error))
+    return found, failures
 
 
 def _model_row(service: Service, model: types.Model) -> tuple[str, ...]:
@@ -100,25 +134,39 @@ def _model_row(service: Service, model: types.Model) -> tuple[str, ...]:
             settings = f"beam width {beams}, at most {model.max_new_token_limit} tokens"
             if model.languages:
                 settings += f", {' '.join(model.languages)}"
-            precision, memory = str(model.precision or ""), size(model.weight_bytes)
         case types.DiffusionModel():
             settings = (
                 f"{model.default_width}x{model.default_height}, {model.default_step_count} steps, "
                 f"guidance {model.default_guidance_scale:g}, {model.default_scheduler}"
             )
-            precision, memory = model.dtype, ""
+            # Of a model that was never in memory only the files are known.
+            settings = settings if model.default_step_count else ""
     return (
         model.name,
         service,
         str(model.state),
         model.hardware,
         model.runtime,
-        precision,
-        f"{model.parameter_count:,}",
-        memory,
+        precision_of(model),
+        f"{model.parameter_count:,}" if model.parameter_count else "",
+        size(bytes_of(model)),
         "yes" if model.is_default else "",
         settings,
     )
+
+
+def precision_of(model: types.Model) -> str:
+    """What its weights are computed with, empty where that is not known."""
+    return str(model.precision or "") if isinstance(model, types.OcrModel) else model.dtype
+
+
+def bytes_of(model: types.Model) -> int:
+    """Memory of its weights; of a model that is not loaded the size of its files; 0 where that is not known."""
+    return model.weight_bytes if isinstance(model, types.OcrModel) else model.memory_bytes or model.file_bytes
+
+
+def _fits(models: Sequence[str]) -> str:
+    return ", ".join(models) or "not said"
 
 
 def size(count: int) -> str:

@@ -2,18 +2,25 @@
 
 import dataclasses
 
+import typer
+
 from inkwell import types
 from inkwell.aio import AsyncClient
 from inkwell.cli import report, terminal
-from inkwell.cli.listing import size
+from inkwell.cli.listing import bytes_of, models_by_service, precision_of, size
+from inkwell.converters.inventory import Service
+from inkwell.errors import NotFound, Unimplemented
 
 
-async def load(client: AsyncClient, name: str, *, precision: str | None, as_json: bool, quiet: bool) -> None:
+async def load(
+    client: AsyncClient, name: str, *, service: Service | None, precision: str | None, as_json: bool, quiet: bool
+) -> None:
     """Load and say what serves now; raises InkwellError."""
     result: types.LoadResult | None = None
     evicted: dict[str, None] = {}
+    service = service or await _service_of(client, name)
     with terminal.live(quiet=quiet) as live:
-        async for event in client.load_model_stream(name, precision=precision):
+        async for event in client.load_model_stream(name, service=service, precision=precision):
             match event:
                 case types.LoadProgress():
                     evicted |= dict.fromkeys(event.evicted_models)
@@ -27,14 +34,39 @@ async def load(client: AsyncClient, name: str, *, precision: str | None, as_json
     if as_json:
         report.json_line(dataclasses.asdict(model) | {"elapsed_ms": result.elapsed_ms, "evicted_models": list(evicted)})
     else:
-        what = ", ".join(filter(None, (model.precision, size(model.weight_bytes), f"{result.elapsed_ms / 1000:.1f} s")))
+        took = f"{result.elapsed_ms / 1000:.1f} s" if result.elapsed_ms else ""
+        what = ", ".join(filter(None, (precision_of(model), size(bytes_of(model)), took)))
         report.line(f"{model.name} is {model.state} on {model.hardware} ({what})")
 
 
-async def unload(client: AsyncClient, name: str, *, as_json: bool) -> None:
+async def unload(client: AsyncClient, name: str, *, service: Service | None, as_json: bool) -> None:
     """Unload and say so; raises InkwellError."""
-    model = await client.unload_model(name)
+    service = service or await _service_of(client, name)
+    model: types.Model
+    if service == "ocr":
+        model = await client.unload_model(name)
+    else:
+        model = await client.unload_model(name, service=service)
     if as_json:
         report.json_line(dataclasses.asdict(model))
     else:
         report.line(f"{model.name} is {model.state}")
+
+
+async def _service_of(client: AsyncClient, name: str) -> Service:
+    """The service that lists a model of this name.
+
+    Raises NotFound with all the names there are, BadParameter when both services have one, and what a service that
+    could not be asked answered, unless the other has it.
+    """
+    found, failures = await models_by_service(client)
+    services = [service for service, model in found if model.name == name]
+    if len(services) > 1:
+        raise typer.BadParameter(f"{' and '.join(services)} have a model {name!r}; say which", param_hint="--service")
+    if services:
+        return services[0]
+    for _, failure in failures:
+        if not isinstance(failure, Unimplemented):
+            raise failure
+    known = ", ".join(model.name for _, model in found) or "none"
+    raise NotFound(f"name: there is no model {name!r}; known: {known}", reason="MODEL_NOT_FOUND", resource=name)

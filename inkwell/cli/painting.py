@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from inkwell import types
 from inkwell.aio import AsyncClient
 from inkwell.cli import preview as previewing
 from inkwell.cli import report, terminal
-from inkwell.embedded import embedded_parameters
 
 MEDIA_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 
@@ -54,26 +52,10 @@ def destination(output: str, count: int) -> Destination:
     return Destination(path, media_type, stdout=False)
 
 
-def merged(like: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments for `AsyncClient.paint_stream`: those embedded in the picture `like`, overridden by what was given.
-
-    Raises BadParameter when `like` cannot be read or carries no parameters.
-    """
-    embedded: dict[str, Any] = {}
-    if like is not None:
-        try:
-            embedded = dataclasses.asdict(embedded_parameters(like))
-        except OSError as error:
-            raise typer.BadParameter(f"cannot read {str(like)!r}: {error.strerror}", param_hint="--like") from None
-        except ValueError as error:
-            raise typer.BadParameter(f"{str(like)!r}: {error}", param_hint="--like") from None
-        embedded["steps"] = embedded.pop("step_count")
-    return embedded | {name: value for name, value in given.items() if value is not None}
-
-
 async def run(
     client: AsyncClient,
-    options: Mapping[str, Any],
+    prompt: str,
+    options: types.PaintOptions,
     where: Destination,
     *,
     as_json: bool,
@@ -84,12 +66,13 @@ async def run(
     console = terminal.console()
     on_terminal = console.is_terminal and not quiet
     draw = preview and on_terminal and previewing.possible(console)
+    asked: types.PaintOptions = {**options, "previews": draw}
     result: types.PaintResult | None = None
     drawn: RenderableType = ""
     line: RenderableType = ""
     told = _Told(silent=quiet or on_terminal)
     with terminal.live(quiet=quiet) as live:
-        async for event in client.paint_stream(**options, previews=draw):
+        async for event in client.paint_stream(prompt, **asked):
             match event:
                 case types.Queued():
                     told.line(f"queued, {event.position} before this one")

@@ -43,7 +43,7 @@ _EXITS: dict[type[errors.InkwellError], Exit] = {
 
 # Where the library's hint speaks of functions, the command speaks of commands and options.
 _HINTS: dict[type[errors.InkwellError], str] = {
-    errors.NotFound: "`inkwell models` and `inkwell schedulers` list what there is.",
+    errors.NotFound: "`inkwell models`, `schedulers`, `adapters` and `controls` list what there is.",
     errors.FailedPrecondition: "Ask for other --hardware or another --model; `inkwell fleet` lists what there is.",
     errors.DeadlineExceeded: "Allow more --timeout, or ask for less: fewer steps or pictures, a narrower beam.",
 }
@@ -85,6 +85,49 @@ _OPTIONS = {
     "image_count": "--count",
     "media_type": "--output",
     "quality": "--quality",
+    "batch_count": "--batches",
+    "prompt_syntax": "--plain-prompt",
+    "styles": "--style",
+    "wildcard_seed": "--wildcard-seed",
+    "image": "--image",
+    "strength": "--strength",
+    "inpaint.mask": "--mask",
+    "inpaint.blur_px": "--mask-blur",
+    "inpaint.inverted": "--invert-mask",
+    "inpaint.crop_padding_px": "--inpaint-padding",
+    "inpaint.fill": "--fill",
+    "inpaint": "--mask",
+    "outpaint.blur_px": "--mask-blur",
+    "outpaint.fill": "--fill",
+    "outpaint": "--outpaint",
+    "controls": "--control",
+    "image_prompts": "--image-prompt",
+    "loras": "--lora",
+    "hires.upscaler": "--hires-upscaler",
+    "hires.step_count": "--hires-steps",
+    "hires.strength": "--hires-strength",
+    "hires": "--hires",
+    "refiner.switch_at": "--switch-at",
+    "refiner": "--refiner",
+    "sampling.sigma_schedule": "--sigmas",
+    "sampling.sigmas": "--sigmas",
+    "sampling.timestep_spacing": "--spacing",
+    "sampling.prediction_type": "--prediction-type",
+    "sampling.eta": "--eta",
+    "sampling.timesteps": "--timesteps",
+    "guidance_rescale": "--guidance-rescale",
+    "perturbed_attention.adaptive_scale": "--pag-adaptive",
+    "perturbed_attention": "--pag",
+    "freeu": "--freeu",
+    "clip_skip": "--clip-skip",
+    "variation.seed": "--variation-seed",
+    "variation.strength": "--variation-strength",
+    "variation": "--variation-seed",
+    "vae.tiled": "--vae-tiled",
+    "vae.upcast": "--vae-upcast",
+    "vae": "--vae",
+    "preview.step_interval": "--preview-interval",
+    "preview.method": "--preview-method",
     "inkwell-hardware": "--hardware",
 }
 
@@ -145,7 +188,7 @@ def explain(error: errors.InkwellError, *, subject: str = "") -> None:
     note(f"{subject}: {error.message}" if subject else error.message)
     for violation in error.fields:
         if violation.description not in error.message:
-            sys.stderr.write(f"  {_option(violation.field)}: {violation.description}\n")
+            sys.stderr.write(f"  {option(violation.field)}: {violation.description}\n")
     sys.stderr.write(f"  {hint(error)}\n")
     sys.stderr.flush()
 
@@ -153,7 +196,7 @@ def explain(error: errors.InkwellError, *, subject: str = "") -> None:
 def hint(error: errors.InkwellError) -> str:
     """What to do, in terms of this command."""
     if isinstance(error, errors.InvalidRequest) and error.fields:
-        return f"Correct {', '.join(dict.fromkeys(_option(each.field) for each in error.fields))}."
+        return f"Correct {', '.join(dict.fromkeys(option(each.field) for each in error.fields))}."
     return _HINTS.get(type(error), error.hint)
 
 
@@ -196,9 +239,11 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     console.print(shown)
 
 
-def _option(field: str) -> str:
+def option(field: str) -> str:
+    """The option or argument that a request field, by its path in the proto, is given with."""
     path = re.sub(r"\[\d+\]", "", field)  # an element of a list is its option's matter
-    return _OPTIONS.get(path) or _OPTIONS.get(path.rsplit(".", 1)[-1], field)
+    first, _, last = path.partition(".")
+    return _OPTIONS.get(path) or _OPTIONS.get(first) or _OPTIONS.get(last.rsplit(".", 1)[-1], field)
 
 
 def _plain(value: Any) -> Any:

@@ -1,13 +1,14 @@
 """What there is: models, schedulers, pools; and loading models."""
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, get_args
 
 from inkwell import types
 from inkwell.common.v1 import common_pb2
 from inkwell.converters import shared
 from inkwell.converters.read import EARLY_STOPPINGS
 from inkwell.diffusion.v1 import diffusion_pb2
+from inkwell.errors import invalid
 from inkwell.gateway.v1 import gateway_pb2
 from inkwell.ocr.v1 import ocr_pb2
 
@@ -16,6 +17,8 @@ Service = Literal["ocr", "diffusion"]
 _ENDPOINT_STATES = shared.by_number(gateway_pb2.EndpointState, "ENDPOINT_STATE_", types.EndpointState)
 _MODEL_STATES = shared.by_number(common_pb2.ModelState, "MODEL_STATE_", types.ModelState)
 _LOAD_STAGES = shared.by_number(ocr_pb2.LoadStage, "LOAD_STAGE_", types.LoadStage)
+_ADAPTER_KINDS = shared.by_number(diffusion_pb2.AdapterKind, "ADAPTER_KIND_", types.AdapterKind)
+_CONTROL_KINDS = shared.by_number(diffusion_pb2.ControlKind, "CONTROL_KIND_", types.ControlKind)
 _PRECISIONS = shared.by_number(ocr_pb2.Precision, "PRECISION_", types.Precision)
 _PRECISION_NUMBERS = shared.by_name(_PRECISIONS)
 
@@ -33,47 +36,81 @@ def ocr_model(message: ocr_pb2.Model) -> types.OcrModel:
     values["state"] = _MODEL_STATES.get(message.state, types.ModelState.UNKNOWN)
     values["default_decoding"] = types.Decoding(**decoding)
     values["precision"] = _PRECISIONS.get(message.precision)
-    values["languages"] = tuple(message.languages)
     return types.OcrModel(**values)
 
 
-def load_request(name: str, precision: str | None) -> ocr_pb2.LoadModelRequest:
-    """Raises InvalidRequest for a precision that there is not."""
+def diffusion_models(message: diffusion_pb2.ListModelsResponse) -> Iterator[types.DiffusionModel]:
+    """In the server's order."""
+    return map(diffusion_model, message.models)
+
+
+def diffusion_model(message: diffusion_pb2.Model) -> types.DiffusionModel:
+    """One model that paints."""
+    values = shared.same_named(message, types.DiffusionModel)
+    values["state"] = _MODEL_STATES.get(message.state, types.ModelState.UNKNOWN)
+    return types.DiffusionModel(**values)
+
+
+def load_request(
+    name: str, precision: str | None, service: Service
+) -> ocr_pb2.LoadModelRequest | diffusion_pb2.LoadModelRequest:
+    """Raises InvalidRequest for a precision that there is not, or that the service does not take."""
+    _check(service)
+    if service == "diffusion":
+        if precision is not None:
+            raise invalid("precision", "the models of the diffusion service have only that of its settings")
+        painter = diffusion_pb2.LoadModelRequest()
+        shared.assign(painter, "name", name)
+        return painter
     request = ocr_pb2.LoadModelRequest()
     shared.assign(request, "name", name)
     shared.assign(request, "precision", shared.choice("precision", precision, _PRECISION_NUMBERS))
     return request
 
 
-def unload_request(name: str) -> ocr_pb2.UnloadModelRequest:
+def unload_request(name: str, service: Service) -> ocr_pb2.UnloadModelRequest | diffusion_pb2.UnloadModelRequest:
     """Whether there is such a model the server knows."""
-    request = ocr_pb2.UnloadModelRequest()
+    _check(service)
+    request = diffusion_pb2.UnloadModelRequest() if service == "diffusion" else ocr_pb2.UnloadModelRequest()
     shared.assign(request, "name", name)
     return request
 
 
-def load_event(message: ocr_pb2.LoadModelResponse, served: types.ServedBy) -> types.LoadEvent | None:
+def load_event(
+    message: ocr_pb2.LoadModelResponse | diffusion_pb2.LoadModelResponse, served: types.ServedBy
+) -> types.LoadEvent | None:
     """None for an event that this version does not know."""
     match message.WhichOneof("event"):
         case "progress":
+            # The stages have the same numbers in both services.
             stage = _LOAD_STAGES.get(message.progress.stage, types.LoadStage.UNKNOWN)
             return types.LoadProgress(message.sequence, stage, tuple(message.progress.evicted_models))
         case "result":
-            return types.LoadResult(message.sequence, ocr_model(message.result.model), message.result.elapsed_ms)
+            result = message.result
+            elapsed_ms = result.elapsed_ms if isinstance(result, ocr_pb2.LoadResult) else 0
+            return types.LoadResult(message.sequence, model(result.model), elapsed_ms)
     return None
 
 
-def diffusion_models(message: diffusion_pb2.ListModelsResponse) -> Iterator[types.DiffusionModel]:
-    """In the server's order."""
-    for model in message.models:
-        values = shared.same_named(model, types.DiffusionModel)
-        values["state"] = _MODEL_STATES.get(model.state, types.ModelState.UNKNOWN)
-        yield types.DiffusionModel(**values)
+def model(message: ocr_pb2.Model | diffusion_pb2.Model) -> types.Model:
+    """A model of either kind."""
+    return ocr_model(message) if isinstance(message, ocr_pb2.Model) else diffusion_model(message)
 
 
 def schedulers(message: diffusion_pb2.ListSchedulersResponse) -> list[types.Scheduler]:
     """In the server's order."""
     return [types.Scheduler(**shared.same_named(each, types.Scheduler)) for each in message.schedulers]
+
+
+def adapters(message: diffusion_pb2.ListAdaptersResponse) -> list[types.Adapter]:
+    """In the server's order."""
+    return [_adapter(each) for each in message.adapters]
+
+
+def controls(message: diffusion_pb2.ListControlsResponse) -> types.Controls:
+    """In the server's order."""
+    steps = tuple(types.Preprocessor(**shared.same_named(each, types.Preprocessor)) for each in message.preprocessors)
+    return types.Controls(tuple(_control_model(each) for each in message.models), steps)
 
 
 def list_pools_request(service: str, hardware: str) -> gateway_pb2.ListPoolsRequest:
@@ -96,6 +133,23 @@ def pools(message: gateway_pb2.ListPoolsResponse) -> list[types.Pool]:
         )
         for pool in message.pools
     ]
+
+
+def _adapter(message: diffusion_pb2.Adapter) -> types.Adapter:
+    values = shared.same_named(message, types.Adapter)
+    values["kind"] = _ADAPTER_KINDS.get(message.kind, types.AdapterKind.UNKNOWN)
+    return types.Adapter(**values)
+
+
+def _control_model(message: diffusion_pb2.ControlModel) -> types.ControlModel:
+    values = shared.same_named(message, types.ControlModel)
+    values["kind"] = _CONTROL_KINDS.get(message.kind, types.ControlKind.UNKNOWN)
+    return types.ControlModel(**values)
+
+
+def _check(service: str) -> None:
+    if service not in get_args(Service):
+        raise invalid("service", f"{service!r} is none of {', '.join(get_args(Service))}")
 
 
 def _endpoint(message: gateway_pb2.Endpoint) -> types.Endpoint:

@@ -1,44 +1,36 @@
-"""Painting: requests, pictures and events."""
+"""Painting: pictures and events."""
 
-from dataclasses import dataclass
+import dataclasses
+from typing import Any
+
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
 
 from inkwell import types
 from inkwell.converters import shared
+from inkwell.converters.asking import ENUMS
 from inkwell.diffusion.v1 import diffusion_pb2
 from inkwell.errors import InternalError
 
-
-@dataclass(frozen=True, slots=True)
-class PaintOptions:
-    """The arguments of `Client.paint` that go into a request; None for the server's default."""
-
-    prompt: str
-    negative_prompt: str
-    model: str
-    width: int | None
-    height: int | None
-    steps: int | None
-    guidance_scale: float | None
-    scheduler: str
-    seed: int | None
-    image_count: int | None
-    media_type: str
-    quality: int | None
-    previews: bool
-
-
-def generate_request(options: PaintOptions) -> diffusion_pb2.GenerateRequest:
-    """Raises InvalidRequest for values that the request's fields cannot hold."""
-    request = diffusion_pb2.GenerateRequest()
-    for name in ("prompt", "negative_prompt", "model", "scheduler"):
-        shared.assign(request, name, getattr(options, name))
-    for name in ("width", "height", "guidance_scale", "seed", "image_count"):
-        shared.assign(request, name, getattr(options, name))
-    shared.assign(request, "step_count", options.steps)
-    shared.assign(request.output, "media_type", options.media_type, path="output.media_type")
-    shared.assign(request.output, "quality", options.quality, path="output.quality")
-    request.preview.disabled = not options.previews
-    return request
+# Message → dataclass of the same name and fields.
+_KINDS: dict[str, type] = {
+    kind.__name__: kind
+    for kind in (
+        types.GenerationParameters,
+        types.InpaintParameters,
+        types.ControlParameters,
+        types.ImagePromptParameters,
+        types.Outpaint,
+        types.Lora,
+        types.Hires,
+        types.Refiner,
+        types.Sampling,
+        types.PerturbedAttention,
+        types.FreeU,
+        types.Variation,
+        types.Vae,
+    )
+}
 
 
 def paint_event(message: diffusion_pb2.GenerateResponse, served: types.ServedBy) -> types.PaintEvent | None:
@@ -53,11 +45,16 @@ def paint_event(message: diffusion_pb2.GenerateResponse, served: types.ServedBy)
             progress = message.progress
             return types.Progress(number, progress.step, progress.step_count, progress.eta_ms)
         case "preview":
-            images = tuple(types.Image(each.content, each.media_type) for each in message.preview.images)
-            return types.Preview(number, message.preview.step, images)
+            return types.Preview(number, message.preview.step, _images(message.preview.images))
         case "result":
             return _paint_result(number, message.result, served)
     return None
+
+
+def parameters(message: diffusion_pb2.GenerationParameters) -> types.GenerationParameters:
+    """What a picture was painted with."""
+    made: types.GenerationParameters = _plain(message)
+    return made
 
 
 def _paint_result(number: int, message: diffusion_pb2.GenerateResult, served: types.ServedBy) -> types.PaintResult:
@@ -68,14 +65,40 @@ def _paint_result(number: int, message: diffusion_pb2.GenerateResult, served: ty
         types.Picture(
             content=each.image.content,
             media_type=each.image.media_type,
-            parameters=_parameters(each.parameters),
+            parameters=parameters(each.parameters),
             served_by=served,
             warnings=warnings,
         )
         for each in message.images
     )
-    return types.PaintResult(number, pictures, shared.timing(message.timing), served, warnings)
+    conditions = _images(message.control_images)
+    return types.PaintResult(number, pictures, shared.timing(message.timing), served, warnings, conditions)
 
 
-def _parameters(message: diffusion_pb2.GenerationParameters) -> types.GenerationParameters:
-    return types.GenerationParameters(**shared.same_named(message, types.GenerationParameters))
+def _images(messages: Any) -> tuple[types.Image, ...]:
+    return tuple(types.Image(each.content, each.media_type) for each in messages)
+
+
+def _plain(message: Message) -> Any:
+    """The dataclass of the message's name. What is unset, or unknown to this version, has its default there."""
+    kind = _KINDS[message.DESCRIPTOR.name]
+    values = {field.name: _value(message, field) for field in message.DESCRIPTOR.fields}
+    known = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{name: value for name, value in values.items() if name in known and value is not None})
+
+
+def _value(message: Message, field: Any) -> Any:
+    value = getattr(message, field.name)
+    if field.is_repeated:
+        return tuple(_converted(field, each) for each in value)
+    if field.has_presence and not message.HasField(field.name):
+        return None
+    return _converted(field, value)
+
+
+def _converted(field: Any, value: Any) -> Any:
+    if field.enum_type is not None:
+        return ENUMS[field.enum_type.name].get(value)
+    if field.message_type is not None:
+        return _plain(value)
+    return shared.shortest_float32(value) if field.type == FieldDescriptor.TYPE_FLOAT else value

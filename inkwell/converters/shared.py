@@ -1,10 +1,12 @@
 """What converting messages of several kinds takes."""
 
+import ctypes
 import dataclasses
 import enum
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from inkwell import types
@@ -57,9 +59,21 @@ def timing(message: common_pb2.Timing) -> types.Timing:
 
 
 def same_named(message: Message, kind: type[Any]) -> dict[str, Any]:
-    """The message's values for those fields of dataclass `kind` that are called the same."""
-    known = message.DESCRIPTOR.fields_by_name
-    return {field.name: getattr(message, field.name) for field in dataclasses.fields(kind) if field.name in known}
+    """The message's values for those fields of dataclass `kind` that are called the same; repeated ones as tuples."""
+    values = {}
+    for field in dataclasses.fields(kind):
+        known = message.DESCRIPTOR.fields_by_name.get(field.name)
+        if known is not None:
+            value = getattr(message, field.name)
+            values[field.name] = tuple(value) if known.is_repeated else value
+    return values
+
+
+def shortest_float32(value: float) -> float:
+    """The shortest decimal that is the same 32-bit float: 0.8 for what travelled as 0.800000011920929."""
+    single = ctypes.c_float(value).value
+    rounded = (float(f"{single:.{digits}g}") for digits in range(1, 10))
+    return next((short for short in rounded if ctypes.c_float(short).value == single), single)
 
 
 def assign(message: Message, name: str, value: object, *, path: str = "") -> None:
@@ -69,11 +83,21 @@ def assign(message: Message, name: str, value: object, *, path: str = "") -> Non
     try:
         setattr(message, name, value)
     except (TypeError, ValueError) as error:
-        kind = message.DESCRIPTOR.fields_by_name[name]
-        raise invalid(path or name, f"{_TYPE_NAMES.get(kind.type, 'another type')} expected; {error}") from None
+        raise invalid(path or name, f"{type_name(message, name)} expected; {error}") from None
 
 
-_TYPE_NAMES = {5: "a 32-bit whole number", 3: "a 64-bit whole number", 2: "a number", 9: "valid Unicode text"}
+def type_name(message: Message, name: str) -> str:
+    """What a scalar field holds, in words."""
+    return _TYPE_NAMES.get(message.DESCRIPTOR.fields_by_name[name].type, "another type")
+
+
+_TYPE_NAMES = {
+    FieldDescriptor.TYPE_INT32: "a 32-bit whole number",
+    FieldDescriptor.TYPE_INT64: "a 64-bit whole number",
+    FieldDescriptor.TYPE_FLOAT: "a number",
+    FieldDescriptor.TYPE_BOOL: "true or false",
+    FieldDescriptor.TYPE_STRING: "valid Unicode text",
+}
 
 
 def by_number(values: Any, prefix: str, kind: type[Name]) -> dict[int, Name]:

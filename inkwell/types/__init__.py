@@ -1,8 +1,30 @@
-"""What calls answer with: plain frozen dataclasses, no protobuf.
+"""What calls are asked for and answer with: plain frozen dataclasses, no protobuf.
 
 Names, units and ranges are those of the protos; a field called `x_ms` is in milliseconds, `x_count` counts.
 """
 
+from inkwell.types.asking import (
+    Control,
+    FreeU,
+    Hires,
+    ImagePrompt,
+    Inpaint,
+    Lora,
+    MaskFill,
+    Outpaint,
+    PaintOptions,
+    PerturbedAttention,
+    PictureSource,
+    PredictionType,
+    PreviewMethod,
+    PromptSyntax,
+    Refiner,
+    Sampling,
+    SigmaSchedule,
+    TimestepSpacing,
+    Vae,
+    Variation,
+)
 from inkwell.types.common import Image, ImageSource, Progress, Queued, ServedBy, Started, Timing
 from inkwell.types.documents import (
     Document,
@@ -20,6 +42,11 @@ from inkwell.types.documents import (
 )
 from inkwell.types.embeddings import Embeddings
 from inkwell.types.inventory import (
+    Adapter,
+    AdapterKind,
+    ControlKind,
+    ControlModel,
+    Controls,
     DiffusionModel,
     Endpoint,
     EndpointState,
@@ -32,9 +59,19 @@ from inkwell.types.inventory import (
     OcrModel,
     Pool,
     Precision,
+    Preprocessor,
     Scheduler,
 )
-from inkwell.types.painting import GenerationParameters, PaintEvent, PaintResult, Picture, Preview
+from inkwell.types.painting import (
+    ControlParameters,
+    GenerationParameters,
+    ImagePromptParameters,
+    InpaintParameters,
+    PaintEvent,
+    PaintResult,
+    Picture,
+    Preview,
+)
 from inkwell.types.reading import (
     Decoding,
     EarlyStopping,
@@ -47,6 +84,13 @@ from inkwell.types.reading import (
 )
 
 __all__ = [
+    "Adapter",
+    "AdapterKind",
+    "Control",
+    "ControlKind",
+    "ControlModel",
+    "ControlParameters",
+    "Controls",
     "Decoding",
     "DiffusionModel",
     "Document",
@@ -62,35 +106,57 @@ __all__ = [
     "Export",
     "ExportFormat",
     "ExportReady",
+    "FreeU",
     "GenerationParameters",
+    "Hires",
     "Hypothesis",
     "Image",
+    "ImagePrompt",
+    "ImagePromptParameters",
     "ImageSource",
+    "Inpaint",
+    "InpaintParameters",
     "LineRead",
     "LoadEvent",
     "LoadProgress",
     "LoadResult",
     "LoadStage",
+    "Lora",
+    "MaskFill",
     "Model",
     "ModelState",
     "OcrModel",
+    "Outpaint",
     "PageRead",
     "PageStarted",
     "PaintEvent",
+    "PaintOptions",
     "PaintResult",
     "Partial",
+    "PerturbedAttention",
     "Picture",
+    "PictureSource",
     "Pool",
     "Precision",
+    "PredictionType",
+    "Preprocessor",
     "Preview",
+    "PreviewMethod",
     "Progress",
+    "PromptSyntax",
     "Queued",
     "ReadEvent",
     "ReadResult",
     "Reading",
+    "Refiner",
+    "Sampling",
     "Scheduler",
     "ServedBy",
+    "SigmaSchedule",
     "Started",
+    "TimestepSpacing",
     "Timing",
     "Token",
+    "Vae",
+    "Variation",
 ]

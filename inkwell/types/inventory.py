@@ -84,6 +84,15 @@ class DiffusionModel:
     default_scheduler: str
     prompt_token_limit: int
     has_preview_autoencoder: bool
+    file_bytes: int = 0
+    """Size of its weights on disk, as memory_bytes in memory; 0 where the server does not know (yet)."""
+    memory_bytes: int = 0
+    vaes: tuple[str, ...] = ()
+    """Names of other VAEs that it can decode with."""
+    features: tuple[str, ...] = ()
+    """Which of the options of `Client.paint` it takes, such as "inpaint" or "loras"."""
+    schedulers: tuple[str, ...] = ()
+    """Names of the schedulers that fit it."""
 
 
 Model: TypeAlias = OcrModel | DiffusionModel
@@ -112,8 +121,9 @@ class LoadResult:
     """The model serves. Always the last event of a load."""
 
     sequence: int
-    model: OcrModel
+    model: Model
     elapsed_ms: int
+    """0 where the server does not say."""
 
 
 LoadEvent: TypeAlias = LoadProgress | LoadResult
@@ -126,6 +136,63 @@ class Scheduler:
     name: str
     diffusers_class: str
     description: str
+    aliases: tuple[str, ...] = ()
+    """Other names that `Client.paint` takes for it, such as "DPM++ 2M Karras"."""
+    sampling_options: tuple[str, ...] = ()
+    """Fields of `Sampling` that it takes."""
+
+
+class AdapterKind(enum.StrEnum):
+    """The kinds of things that are laid on a model."""
+
+    UNKNOWN = "unknown"
+    LORA = "lora"
+    TEXTUAL_INVERSION = "textual_inversion"
+    IMAGE_PROMPT = "image_prompt"
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """Something to lay on `models`; on any, where they are empty, and a call finds out whether it fits."""
+
+    name: str
+    kind: AdapterKind
+    models: tuple[str, ...]
+    file_bytes: int
+
+
+class ControlKind(enum.StrEnum):
+    """The kinds of models that steer."""
+
+    UNKNOWN = "unknown"
+    CONTROLNET = "controlnet"
+    T2I_ADAPTER = "t2i_adapter"
+
+
+@dataclass(frozen=True, slots=True)
+class ControlModel:
+    """Steers `models`; any, where they are empty. `preprocessor` makes the conditions that it was trained on."""
+
+    name: str
+    kind: ControlKind
+    models: tuple[str, ...]
+    preprocessor: str
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessor:
+    """A step that makes a condition of a picture."""
+
+    name: str
+    description: str
+
+
+@dataclass(frozen=True, slots=True)
+class Controls:
+    """What can steer a picture's composition."""
+
+    models: tuple[ControlModel, ...]
+    preprocessors: tuple[Preprocessor, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,13 @@ READING = [
     "no_repeat_ngram_size", "early_stopping", "timeout_s",
 ]  # fmt: skip
 DOCUMENTS = ["pages", "dpi", "min_confidence", "orientation", "export", *READING]
+# The options of painting stand in a TypedDict, PaintOptions.
 PAINTING = [
     "negative_prompt", "model", "width", "height", "steps", "guidance_scale", "scheduler", "seed", "image_count",
-    "media_type", "quality", "previews", "timeout_s",
+    "batch_count", "media_type", "quality", "prompt_syntax", "styles", "wildcard_seed", "image", "strength", "inpaint",
+    "outpaint", "controls", "image_prompts", "loras", "hires", "refiner", "sampling", "guidance_rescale",
+    "perturbed_attention", "freeu", "clip_skip", "variation", "vae", "previews", "preview_interval", "preview_method",
+    "preview_max_side_px",
 ]  # fmt: skip
 
 # Method → (positional parameters, keyword-only parameters).
@@ -37,27 +42,33 @@ METHODS: dict[str, tuple[list[str], list[str]]] = {
     "read_document": (["document"], [*DOCUMENTS, "on_event"]),
     "read_document_stream": (["document"], DOCUMENTS),
     "embed": (["images"], ["model", "pooling", "dtype", "normalize", "timeout_s"]),
-    "paint": (["prompt"], [*PAINTING, "on_event"]),
-    "paint_stream": (["prompt"], PAINTING),
+    "paint": (["prompt"], ["timeout_s", "on_event", *PAINTING]),
+    "paint_stream": (["prompt"], ["timeout_s", *PAINTING]),
     "models": (["service"], ["timeout_s"]),
-    "load_model": (["name"], ["precision", "timeout_s", "on_event"]),
-    "load_model_stream": (["name"], ["precision", "timeout_s"]),
-    "unload_model": (["name"], ["timeout_s"]),
+    "load_model": (["name"], ["service", "precision", "timeout_s", "on_event"]),
+    "load_model_stream": (["name"], ["service", "precision", "timeout_s"]),
+    "unload_model": (["name"], ["service", "timeout_s"]),
     "schedulers": ([], ["timeout_s"]),
+    "adapters": ([], ["timeout_s"]),
+    "controls": ([], ["timeout_s"]),
     "fleet": ([], ["service", "hardware", "timeout_s"]),
     "close": ([], []),
 }
 
 NAMES = [
-    "AsyncClient", "Cancelled", "Client", "DeadlineExceeded", "Decoding", "DiffusionModel", "Document",
-    "DocumentEvent", "DocumentLine", "DocumentPage", "DocumentProgress", "DocumentResult", "EarlyStopping",
-    "Embeddings", "Endpoint", "EndpointState", "Export", "ExportFormat", "ExportReady", "FailedPrecondition",
-    "FieldViolation", "GenerationParameters", "Hypothesis", "Image", "ImageSource", "InkwellError", "InternalError",
-    "InvalidRequest", "LineRead", "LoadEvent", "LoadProgress", "LoadResult", "LoadStage", "Model", "ModelState",
-    "NotFound", "OcrModel", "Overloaded", "PageRead", "PageStarted", "PaintEvent", "PaintResult", "Partial",
-    "PermissionDenied", "Picture", "Pool", "Precision", "Preview", "Progress", "Queued", "ReadEvent", "ReadResult",
-    "Reading", "Scheduler", "ServedBy", "Started", "Timing", "Token", "TooLarge", "Unauthenticated", "Unavailable",
-    "Unimplemented", "__version__", "embedded_parameters",
+    "Adapter", "AdapterKind", "AsyncClient", "Cancelled", "Client", "Control", "ControlKind", "ControlModel",
+    "ControlParameters", "Controls", "DeadlineExceeded", "Decoding", "DiffusionModel", "Document", "DocumentEvent",
+    "DocumentLine", "DocumentPage", "DocumentProgress", "DocumentResult", "EarlyStopping", "Embeddings",
+    "Endpoint", "EndpointState", "Export", "ExportFormat", "ExportReady", "FailedPrecondition", "FieldViolation",
+    "FreeU", "GenerationParameters", "Hires", "Hypothesis", "Image", "ImagePrompt", "ImagePromptParameters",
+    "ImageSource", "InkwellError", "Inpaint", "InpaintParameters", "InternalError", "InvalidRequest", "LineRead",
+    "LoadEvent", "LoadProgress", "LoadResult", "LoadStage", "Lora", "MaskFill", "Model", "ModelState", "NotFound",
+    "OcrModel", "Outpaint", "Overloaded", "PageRead", "PageStarted", "PaintEvent", "PaintOptions", "PaintResult",
+    "Partial", "PermissionDenied", "PerturbedAttention", "Picture", "PictureSource", "Pool", "Precision",
+    "PredictionType", "Preprocessor", "Preview", "PreviewMethod", "Progress", "PromptSyntax", "Queued",
+    "ReadEvent", "ReadResult", "Reading", "Refiner", "Sampling", "Scheduler", "ServedBy", "SigmaSchedule",
+    "Started", "TimestepSpacing", "Timing", "Token", "TooLarge", "Unauthenticated", "Unavailable", "Unimplemented",
+    "Vae", "Variation", "__version__", "embedded_parameters", "repeat_options",
 ]  # fmt: skip
 
 
@@ -72,8 +83,13 @@ def test_everything_but_the_subject_is_keyword_only(client: type, method: str) -
     parameters = list(inspect.signature(getattr(client, method)).parameters.values())[1:]
     positional = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
     keywords = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
+    unpacked = [each.name for each in parameters if each.kind is each.VAR_KEYWORD]
+    assert len(parameters) == len(positional) + len(keywords) + len(unpacked)
+    for name in unpacked:
+        (options,) = typing.get_args(typing.get_type_hints(getattr(client, method))[name])
+        assert options.__total__ is False
+        keywords += options.__annotations__
     assert (positional, keywords) == METHODS[method]
-    assert len(parameters) == len(positional) + len(keywords)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -142,6 +158,12 @@ with inkwell.Client("localhost:1", hardware="cuda, cpu", metadata={"x": "y"}) as
     boxes: list[float] = [x for line in document.lines for x, y in line.polygon]
     numbers: list[int] = list(client.embed(["a.png"], pooling="cls").shape)
     width: int = client.load_model("x", precision=inkwell.Precision.INT8_DYNAMIC).embedding_width
+    multiple: int = client.load_model("x", service="diffusion").size_multiple
+    options: inkwell.PaintOptions = {"steps": 9, "hires": 2, "loras": ["a", ("b", 0.5), inkwell.Lora("c")]}
+    picture: inkwell.Picture = client.paint("x", **options, timeout_s=9)[0]
+    client.paint("x", image=picture, inpaint="mask.png", controls=[inkwell.Control(Path("edges.png"))], on_event=print)
+    client.paint(picture.parameters.prompt, **inkwell.repeat_options(picture.parameters, ["photo.png"]))
+    names: list[str] = [each.name for each in client.controls().models] + [each.name for each in client.adapters()]
     for event in client.paint_stream("x"):
         if isinstance(event, inkwell.PaintResult):
             saved: Path = event.pictures[0].save("x.png")
@@ -150,6 +172,8 @@ async def main() -> None:
         reading: inkwell.Reading = await client.read(b"")
         async for event in client.read_stream(b""):
             number: int = event.sequence
+        pictures: list[inkwell.Picture] = await client.paint("x", seed=1, sampling=inkwell.Sampling("karras"))
+        painter: inkwell.DiffusionModel = await client.unload_model("x", service="diffusion")
 """
 
 
@@ -167,7 +191,8 @@ def test_wrong_programs_do_not(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
         "import inkwell\nx: int = inkwell.Client().read(b'').text\ninkwell.Client().paint('x', 'model')\n"
+        "inkwell.Client().paint('x', stepz=1)\ninkwell.Client().paint('x', hires='2')\n"
     )
     command: list[Any] = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), str(program)]
     checked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert checked.stdout.count("error:") == 2, checked.stdout
+    assert set(re.findall(r"program.py:(\d+): error:", checked.stdout)) == {"2", "3", "4", "5"}, checked.stdout

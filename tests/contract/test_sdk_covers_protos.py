@@ -10,11 +10,11 @@ import inkwell
 from inkwell.common.v1 import common_pb2
 from inkwell.converters import document, embed
 from inkwell.converters.document import DocumentOptions
-from inkwell.converters.paint import PaintOptions
 from inkwell.converters.read import ReadOptions
 from inkwell.diffusion.v1 import diffusion_pb2
 from inkwell.gateway.v1 import gateway_pb2
 from inkwell.ocr.v1 import ocr_pb2
+from inkwell.types import PaintOptions
 
 # Message → dataclass with the same fields.
 SAME: list[tuple[Any, type]] = [
@@ -31,6 +31,25 @@ SAME: list[tuple[Any, type]] = [
     (common_pb2.Image, inkwell.Image),
     (ocr_pb2.ExportChunk, inkwell.Export),
     (ocr_pb2.DocumentLine, inkwell.DocumentLine),
+    (diffusion_pb2.InpaintParameters, inkwell.InpaintParameters),
+    (diffusion_pb2.ControlParameters, inkwell.ControlParameters),
+    (diffusion_pb2.ImagePromptParameters, inkwell.ImagePromptParameters),
+    (diffusion_pb2.Inpaint, inkwell.Inpaint),
+    (diffusion_pb2.Outpaint, inkwell.Outpaint),
+    (diffusion_pb2.Control, inkwell.Control),
+    (diffusion_pb2.ImagePrompt, inkwell.ImagePrompt),
+    (diffusion_pb2.Lora, inkwell.Lora),
+    (diffusion_pb2.Hires, inkwell.Hires),
+    (diffusion_pb2.Refiner, inkwell.Refiner),
+    (diffusion_pb2.Sampling, inkwell.Sampling),
+    (diffusion_pb2.PerturbedAttention, inkwell.PerturbedAttention),
+    (diffusion_pb2.FreeU, inkwell.FreeU),
+    (diffusion_pb2.Variation, inkwell.Variation),
+    (diffusion_pb2.Vae, inkwell.Vae),
+    (diffusion_pb2.Adapter, inkwell.Adapter),
+    (diffusion_pb2.ControlModel, inkwell.ControlModel),
+    (diffusion_pb2.Preprocessor, inkwell.Preprocessor),
+    (diffusion_pb2.ListControlsResponse, inkwell.Controls),
 ]
 
 # Message → dataclass with the same fields and these more.
@@ -47,6 +66,9 @@ MORE: list[tuple[Any, type, set[str]]] = [
     (ocr_pb2.LineRead, inkwell.LineRead, {"sequence"}),
     (ocr_pb2.LoadProgress, inkwell.LoadProgress, {"sequence"}),
     (ocr_pb2.LoadResult, inkwell.LoadResult, {"sequence"}),
+    (diffusion_pb2.LoadProgress, inkwell.LoadProgress, {"sequence"}),
+    (diffusion_pb2.LoadResult, inkwell.LoadResult, {"sequence", "elapsed_ms"}),
+    (diffusion_pb2.GenerateResult, inkwell.PaintResult, {"sequence", "served_by"}),
     (common_pb2.Tensor, inkwell.Embeddings, {"model", "timing", "served_by"}),
 ]
 
@@ -54,6 +76,7 @@ MORE: list[tuple[Any, type, set[str]]] = [
 RENAMED: dict[Any, dict[str, str | None]] = {
     ocr_pb2.ExportChunk: {"is_last": None},
     ocr_pb2.DocumentLine: {"recognition": "reading"},
+    diffusion_pb2.GenerateResult: {"images": "pictures"},
 }
 
 
@@ -85,6 +108,7 @@ def test_every_event_has_its_dataclass() -> None:
         "queued", "started", "progress", "page_started", "line", "page", "export", "result",
     }  # fmt: skip
     assert events(ocr_pb2.LoadModelResponse) == {"progress", "result"}
+    assert events(diffusion_pb2.LoadModelResponse) == {"progress", "result"}
     assert events(diffusion_pb2.GenerateResponse) == {"queued", "started", "progress", "preview", "result"}
 
 
@@ -100,10 +124,14 @@ def test_every_request_field_can_be_given() -> None:
     embedding = set(inspect.signature(inkwell.Client.embed).parameters)
     assert embedding == fields_of(ocr_pb2.EmbedRequest) | {"self", "timeout_s"}
     load = set(inspect.signature(inkwell.Client.load_model_stream).parameters)
-    assert load == fields_of(ocr_pb2.LoadModelRequest) | {"self", "timeout_s"}
+    assert load == fields_of(ocr_pb2.LoadModelRequest) | {"self", "service", "timeout_s"}
+    assert load >= fields_of(diffusion_pb2.LoadModelRequest)
     renamed = {"step_count": "steps"}
-    plain = {renamed.get(name, name) for name in fields_of(diffusion_pb2.GenerateRequest)} - {"output", "preview"}
-    assert names_of(PaintOptions) == plain | fields_of(diffusion_pb2.OutputOptions) | {"previews"}
+    plain = {renamed.get(name, name) for name in fields_of(diffusion_pb2.GenerateRequest)}
+    previews = {"previews", "preview_interval", "preview_method", "preview_max_side_px"}
+    assert fields_of(diffusion_pb2.PreviewOptions) == {"disabled", "step_interval", "method", "max_side_px"}
+    output = fields_of(diffusion_pb2.OutputOptions)
+    assert PaintOptions.__optional_keys__ == plain - {"prompt", "output", "preview"} | output | previews
 
 
 def test_every_call_has_a_method() -> None:
@@ -124,7 +152,11 @@ def test_every_call_has_a_method() -> None:
         "OcrService.UnloadModel",  # unload_model
         "DiffusionService.Generate",  # paint, paint_stream
         "DiffusionService.ListModels",  # models
+        "DiffusionService.LoadModel",  # load_model, load_model_stream
+        "DiffusionService.UnloadModel",  # unload_model
         "DiffusionService.ListSchedulers",  # schedulers
+        "DiffusionService.ListAdapters",  # adapters
+        "DiffusionService.ListControls",  # controls
         "GatewayService.ListPools",  # fleet
     }
 
@@ -138,6 +170,15 @@ def test_every_call_has_a_method() -> None:
         (ocr_pb2.Precision, inkwell.Precision, "PRECISION_"),
         (ocr_pb2.EarlyStopping, inkwell.EarlyStopping, "EARLY_STOPPING_"),
         (ocr_pb2.ExportFormat, inkwell.ExportFormat, "EXPORT_FORMAT_"),
+        (diffusion_pb2.LoadStage, inkwell.LoadStage, "LOAD_STAGE_"),
+        (diffusion_pb2.PromptSyntax, inkwell.PromptSyntax, "PROMPT_SYNTAX_"),
+        (diffusion_pb2.MaskFill, inkwell.MaskFill, "MASK_FILL_"),
+        (diffusion_pb2.SigmaSchedule, inkwell.SigmaSchedule, "SIGMA_SCHEDULE_"),
+        (diffusion_pb2.TimestepSpacing, inkwell.TimestepSpacing, "TIMESTEP_SPACING_"),
+        (diffusion_pb2.PredictionType, inkwell.PredictionType, "PREDICTION_TYPE_"),
+        (diffusion_pb2.PreviewMethod, inkwell.PreviewMethod, "PREVIEW_METHOD_"),
+        (diffusion_pb2.AdapterKind, inkwell.AdapterKind, "ADAPTER_KIND_"),
+        (diffusion_pb2.ControlKind, inkwell.ControlKind, "CONTROL_KIND_"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

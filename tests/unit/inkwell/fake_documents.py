@@ -14,7 +14,6 @@ from inkwell.ocr.v1 import ocr_pb2, ocr_pb2_grpc
 from services.kit import faults
 
 Response = ocr_pb2.ReadDocumentResponse
-KNOWN = ("pen", "hold")
 WIDTH = 4
 TOKENS = 3
 
@@ -144,13 +143,14 @@ class DocumentServicer(ocr_pb2_grpc.OcrServiceServicer):
         return ocr_pb2.UnloadModelResponse(model=model)
 
     def _know(self, name: str, context: Any) -> None:
-        if name not in KNOWN:
-            self._server.refuse(context, faults.not_found("model", name, KNOWN, field="name"))
+        known = (self._server.reader, "hold")
+        if name not in known:
+            self._server.refuse(context, faults.not_found("model", name, known, field="name"))
 
 
-def pen() -> ocr_pb2.Model:
+def pen(name: str = "pen") -> ocr_pb2.Model:
     return ocr_pb2.Model(
-        name="pen", state=common_pb2.MODEL_STATE_READY, hardware="cpu", runtime="torch", dtype="float32",
+        name=name, state=common_pb2.MODEL_STATE_READY, hardware="cpu", runtime="torch", dtype="float32",
         parameter_count=7_000_000, max_new_token_limit=128, is_default=True,
         default_decoding=ocr_pb2.DecodingOptions(
             beam_width=4, hypothesis_count=1, length_penalty=1, max_new_token_count=64, no_repeat_ngram_size=0,

@@ -3,10 +3,10 @@
 What is read is decided by the picture's bytes: b"say TEXT" is read as TEXT; b"hold" waits, after a partial text, until
 the test releases it or the client goes away; b"bad" is refused as no picture; b"truncated" is cut off; b"blank" holds
 no writing. A prompt "hold" waits after its second step. `fail_next` makes the next calls of any kind end in a fault,
-before any header. Documents, embeddings and loading are in fake_documents.py.
+before any header. Documents, embeddings and loading are in fake_documents.py, painting is
+in fake_painting.py.
 """
 
-import io
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -15,14 +15,14 @@ from typing import Any
 
 import grpc
 from grpc_status import rpc_status
-from PIL import Image, PngImagePlugin
 
 from inkwell.common.v1 import common_pb2
-from inkwell.diffusion.v1 import diffusion_pb2, diffusion_pb2_grpc
+from inkwell.diffusion.v1 import diffusion_pb2_grpc
 from inkwell.gateway.v1 import gateway_pb2, gateway_pb2_grpc
 from inkwell.ocr.v1 import ocr_pb2, ocr_pb2_grpc
 from services.kit import errors, faults
 from tests.unit.inkwell.fake_documents import DocumentServicer, pen
+from tests.unit.inkwell.fake_painting import PaintingServicer
 
 TIMEOUT_S = 30.0
 
@@ -44,14 +44,18 @@ class InkwellServer:
         """Lets those calls go on."""
         self.cancelled = threading.Event()
         """A call ended before the server was done with it."""
-        self.schedulers_known = ("euler", "ddim")
+        self.schedulers_known: tuple[str, ...] = ("euler", "ddim")
+        self.reader = "pen"
+        """The model that ListModels of the OCR service lists."""
+        self.painter = "brush"
+        """That of the diffusion service."""
         self._server = grpc.server(
             futures.ThreadPoolExecutor(max_workers=16), options=[("grpc.max_receive_message_length", 64 << 20)]
         )
         if ocr:
             ocr_pb2_grpc.add_OcrServiceServicer_to_server(_Ocr(self), self._server)
         if diffusion:
-            diffusion_pb2_grpc.add_DiffusionServiceServicer_to_server(_Diffusion(self), self._server)
+            diffusion_pb2_grpc.add_DiffusionServiceServicer_to_server(PaintingServicer(self), self._server)
         if gateway:
             gateway_pb2_grpc.add_GatewayServiceServicer_to_server(_Gateway(self), self._server)
         self.address = f"127.0.0.1:{self._server.add_insecure_port(f'127.0.0.1:{port}')}"
@@ -177,103 +181,7 @@ class _Ocr(DocumentServicer):
 
     def ListModels(self, request: Any, context: Any) -> Any:
         self._server.admit(request, context)
-        return ocr_pb2.ListModelsResponse(models=[pen()])
-
-
-class _Diffusion(diffusion_pb2_grpc.DiffusionServiceServicer):
-    def __init__(self, server: InkwellServer) -> None:
-        self._server = server
-
-    def Generate(self, request: Any, context: Any) -> Iterator[Any]:
-        self._server.admit(request, context)
-        answer = diffusion_pb2.GenerateResponse
-        if request.scheduler and request.scheduler not in self._server.schedulers_known:
-            refuse(
-                context,
-                faults.not_found("scheduler", request.scheduler, self._server.schedulers_known, field="scheduler"),
-            )
-        if request.HasField("step_count") and not 1 <= request.step_count <= 1000:
-            refuse(context, faults.invalid_field("step_count", f"{request.step_count} is not within 1 to 1000"))
-        count = request.image_count or 1
-        steps = request.step_count or 20
-        pictures = [picture(request, number) for number in range(count)]
-        sequence = iter(range(1, 10_000))
-        yield answer(sequence=next(sequence), queued=common_pb2.Queued(position=3))
-        yield answer(
-            sequence=next(sequence), started=common_pb2.Started(hardware="cpu", runtime="torch", model="brush")
-        )
-        for step in range(1, steps + 1):
-            if request.prompt == "hold" and step == 3:
-                self._server.hold(context)
-            progress = common_pb2.Progress(step=step, step_count=steps, eta_ms=100 * (steps - step))
-            yield answer(sequence=next(sequence), progress=progress)
-            if not request.preview.disabled:
-                images = [
-                    common_pb2.Image(content=encoded(each.parameters, "image/jpeg"), media_type="image/jpeg")
-                    for each in pictures
-                ]
-                yield answer(sequence=next(sequence), preview=diffusion_pb2.Preview(step=step, images=images))
-        if not self._server.end_without_result:
-            warnings = ["the prompt was cut off after 77 tokens"] if len(request.prompt) > 300 else []
-            result = diffusion_pb2.GenerateResult(
-                images=pictures, timing=common_pb2.Timing(queue_ms=0.5, engine_ms=2000), warnings=warnings
-            )
-            yield answer(sequence=next(sequence), result=result)
-
-    def ListModels(self, request: Any, context: Any) -> Any:
-        self._server.admit(request, context)
-        model = diffusion_pb2.Model(
-            name="brush", state=common_pb2.MODEL_STATE_LOADING, hardware="cpu", runtime="torch", dtype="bfloat16",
-            parameter_count=9_000_000, pipeline="StableDiffusionPipeline", default_width=64, default_height=64,
-            size_multiple=8, default_step_count=20, default_guidance_scale=2.5, default_scheduler="euler",
-            prompt_token_limit=77, has_preview_autoencoder=True, is_default=True,
-        )  # fmt: skip
-        return diffusion_pb2.ListModelsResponse(models=[model])
-
-    def ListSchedulers(self, request: Any, context: Any) -> Any:
-        self._server.admit(request, context)
-        return diffusion_pb2.ListSchedulersResponse(
-            schedulers=[
-                diffusion_pb2.Scheduler(name=name, diffusers_class=name.upper(), description=f"Take {name}.")
-                for name in self._server.schedulers_known
-            ]
-        )
-
-
-def picture(request: Any, number: int) -> diffusion_pb2.GeneratedImage:
-    """A picture of one colour, decided by its parameters, which are embedded as the service does it."""
-    parameters = diffusion_pb2.GenerationParameters(
-        model=request.model or "brush",
-        prompt=request.prompt,
-        negative_prompt=request.negative_prompt,
-        width=request.width or 16,
-        height=request.height or 8,
-        step_count=request.step_count or 20,
-        guidance_scale=request.guidance_scale if request.HasField("guidance_scale") else 2.5,
-        scheduler=request.scheduler or "euler",
-        seed=(request.seed if request.HasField("seed") else 1000) + number,
-    )
-    media_type = request.output.media_type or "image/png"
-    image = common_pb2.Image(content=encoded(parameters, media_type), media_type=media_type)
-    return diffusion_pb2.GeneratedImage(image=image, parameters=parameters)
-
-
-def encoded(parameters: diffusion_pb2.GenerationParameters, media_type: str) -> bytes:
-    import json
-
-    values = {field.name: getattr(parameters, field.name) for field in parameters.DESCRIPTOR.fields}
-    seed = parameters.seed
-    image = Image.new("RGB", (parameters.width, parameters.height), (seed % 256, seed // 7 % 256, 128))
-    buffer = io.BytesIO()
-    if media_type == "image/png":
-        info = PngImagePlugin.PngInfo()
-        info.add_itxt("inkwell", json.dumps(values))
-        image.save(buffer, "PNG", pnginfo=info)
-    else:
-        exif = Image.Exif()
-        exif[0x010E] = json.dumps(values)
-        image.save(buffer, media_type.removeprefix("image/").upper(), exif=exif)
-    return buffer.getvalue()
+        return ocr_pb2.ListModelsResponse(models=[pen(self._server.reader)])
 
 
 class _Gateway(gateway_pb2_grpc.GatewayServiceServicer):

@@ -185,16 +185,40 @@ def test_models_and_schedulers_are_listed(capsys: pytest.CaptureFixture[str]) ->
     assert [line.split("\t")[5:9] for line in out.splitlines()] == [
         ["PRECISION", "PARAMETERS", "MEMORY", "DEFAULT"],
         ["int8_dynamic", "7,000,000", "7.5 MB", "yes"],
-        ["bfloat16", "9,000,000", "", "yes"],
+        ["bfloat16", "9,000,000", "18.0 MB", "yes"],
     ]
     assert main(["models", "--json"]) == 0
     reader, painter = json_lines(capsys.readouterr().out)
     assert (reader["service"], reader["default_decoding"]["beam_width"]) == ("ocr", 4)
     assert (painter["service"], painter["default_guidance_scale"]) == ("diffusion", 2.5)
     assert main(["schedulers"]) == 0
-    assert capsys.readouterr().out.splitlines()[1] == "euler\tEULER\tTake euler."
+    assert capsys.readouterr().out.splitlines()[1] == "euler\tEULER\tEuler, euler a\tTake euler."
     assert main(["schedulers", "--json"]) == 0
-    assert [each["name"] for each in json_lines(capsys.readouterr().out)] == ["euler", "ddim"]
+    euler, ddim = json_lines(capsys.readouterr().out)
+    assert (euler["name"], euler["aliases"], ddim["sampling_options"]) == ("euler", ["Euler", "euler a"], ["eta"])
+
+
+def test_adapters_and_controls_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["adapters"]) == 0
+    assert [line.split("\t") for line in capsys.readouterr().out.splitlines()] == [
+        ["ADAPTER", "KIND", "SIZE", "MODELS"],
+        ["flat", "lora", "1.5 MB", "brush"],
+        ["<cat>", "textual inversion", "", "not said"],
+        ["ip", "image prompt", "", "brush, other"],
+        ["later", "unknown", "", "not said"],
+    ]
+    assert main(["adapters", "--json"]) == 0
+    assert json_lines(capsys.readouterr().out)[0]["models"] == ["brush"]
+    assert main(["controls"]) == 0
+    assert [line.split("\t") for line in capsys.readouterr().out.splitlines()[1:]] == [
+        ["edges", "controlnet", "canny", "brush", ""],
+        ["sketch", "t2i adapter", "", "not said", ""],
+        ["canny", "preprocessor", "", "", "Thin lines along edges."],
+    ]
+    assert main(["controls", "--json"]) == 0
+    assert [each["kind"] for each in json_lines(capsys.readouterr().out)] == [
+        "controlnet", "t2i_adapter", "preprocessor",
+    ]  # fmt: skip
 
 
 def test_models_of_one_service_are_shown_though_the_other_fails(
@@ -230,6 +254,9 @@ def test_help_tells_the_exit_codes(capsys: pytest.CaptureFixture[str], arguments
     [
         (faults.invalid_field("decoding.beam_width", "99 is not within 1 to 16"), 2, "Correct --beam-width."),
         (faults.invalid_field("language_hints[0]", "'x y' is no tag"), 2, "Correct --language."),
+        (faults.invalid_field("hires.width, hires.height", "set both or none"), 2, "Correct --hires."),
+        (faults.invalid_field("controls[1].model", "no such control"), 2, "Correct --control."),
+        (faults.invalid_field("inpaint.mask", "not as large as image"), 2, "Correct --mask."),
         (faults.not_found("model", "x", ["pen"], field="model"), 3, "`inkwell models`"),
         (faults.unavailable("LOADING", "the model loads", retry_after_ms=10), 4, "Try again in 0.01 s"),
         (faults.overloaded("QUEUE_FULL", "256 wait", retry_after_ms=1500), 5, "Try again in 1.5 s"),
@@ -277,10 +304,11 @@ def test_hardware_that_no_header_can_carry_is_refused(capsys: pytest.CaptureFixt
 def test_every_command_in_its_page_works(server: InkwellServer, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).resolve().parents[3] / "docs" / "cli.md").read_text()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"say piped")))
-    for name in ("line.png", "letter.pdf", "scan.tiff", "photo.jpg"):
+    for name in ("line.png", "letter.pdf", "scan.tiff", "photo.jpg", "mask.jpg", "sketch.jpg", "style.jpg"):
         line_file(name, "say a" if name == "line.png" else "a\fb\fc\fd\fe\ff\fg")
     Path("out").mkdir()
-    monkeypatch.setattr("tests.unit.inkwell.fake_documents.KNOWN", ("handwriting-tiny",))
+    server.reader, server.painter = "handwriting-tiny", "emoji-tiny"
+    server.schedulers_known = ("euler", "DPM++ 2M")
     ran = 0
     for line in re.findall(r"^    (?:cat \S+ \| )?inkwell (.*)$", page, flags=re.MULTILINE):
         words = shlex.split(re.split(r" [|>] ", line)[0], comments=True)

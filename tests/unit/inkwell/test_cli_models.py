@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from inkwell.cli import embedding, main
+from inkwell.diffusion.v1 import diffusion_pb2
 from inkwell.ocr.v1 import ocr_pb2
+from services.kit import faults
 from tests.unit.inkwell.command import json_lines, line_file
 from tests.unit.inkwell.fake_server import InkwellServer
 
@@ -19,8 +21,8 @@ def test_a_model_is_loaded(server: InkwellServer, capsys: pytest.CaptureFixture[
     out, err = capsys.readouterr()
     assert out == "pen is ready on cpu (int8_weight_only, 7.5 MB, 1.2 s)\n"
     assert err == "inkwell: unloaded to make room: old, older\n"
-    assert server.requests[0].precision == ocr_pb2.PRECISION_INT8_WEIGHT_ONLY
-    assert server.metadata[0]["inkwell-hardware"] == "cpu"
+    assert server.requests[-1].precision == ocr_pb2.PRECISION_INT8_WEIGHT_ONLY
+    assert server.metadata[-1]["inkwell-hardware"] == "cpu"
     assert main(["models", "load", "pen", "--json"]) == 0
     (value,) = json_lines(capsys.readouterr().out)
     assert (value["name"], value["precision"], value["elapsed_ms"]) == ("pen", "float32", 1234)
@@ -35,10 +37,67 @@ def test_a_model_is_unloaded(capsys: pytest.CaptureFixture[str]) -> None:
     assert (value["state"], value["precision"]) == ("unloaded", None)
 
 
+def test_a_model_that_paints_is_found_loaded_and_unloaded(
+    server: InkwellServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["models", "load", "brush"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "brush is ready on cpu (bfloat16, 18.0 MB)\n"
+    assert err == "inkwell: unloaded to make room: old\n"
+    assert isinstance(server.requests[-1], diffusion_pb2.LoadModelRequest)
+    assert main(["models", "unload", "brush"]) == 0
+    assert capsys.readouterr().out == "brush is unloaded\n"
+    assert main(["models", "load", "brush", "--json"]) == 0
+    (value,) = json_lines(capsys.readouterr().out)
+    assert (value["name"], value["state"], value["evicted_models"]) == ("brush", "ready", ["old"])
+
+
+def test_no_list_is_asked_for_where_the_service_is_said(
+    server: InkwellServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["models", "load", "brush", "--service", "diffusion"]) == 0
+    assert main(["models", "unload", "pen", "--service", "ocr"]) == 0
+    assert [type(request) for request in server.requests] == [
+        diffusion_pb2.LoadModelRequest,
+        ocr_pb2.UnloadModelRequest,
+    ]
+    assert main(["models", "load", "pen", "--service", "diffusion"]) == 3
+    assert "brush" in capsys.readouterr().err
+
+
+def test_a_name_that_both_services_have_is_not_guessed(
+    server: InkwellServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.painter = "pen"
+    assert main(["models", "unload", "pen"]) == 2
+    assert "ocr and diffusion have a model 'pen'" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert main(["models", "unload", "pen", "--service", "diffusion"]) == 0
+
+
+def test_a_service_that_cannot_be_asked_matters_only_when_the_other_has_no_such_model(
+    server: InkwellServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.fail_next.append(faults.failed_precondition("NO_POOL", "no pool reads"))
+    assert main(["models", "load", "brush"]) == 0
+    server.fail_next.append(faults.failed_precondition("NO_POOL", "no pool reads"))
+    assert main(["models", "load", "nothing"]) == 7
+    assert "no pool reads" in capsys.readouterr().err
+
+
 def test_a_model_that_there_is_not_ends_in_3(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "load", "nothing"]) == 3
     assert main(["models", "unload", "nothing"]) == 3
-    assert "`inkwell models`" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "`inkwell models`" in err
+    assert err.count("known: pen, brush") == 2
+
+
+def test_a_model_that_paints_has_no_precision_to_choose(
+    server: InkwellServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["models", "load", "brush", "--service", "diffusion", "--precision", "float16"]) == 2
+    assert "Correct --precision." in capsys.readouterr().err
+    assert not server.requests
 
 
 @pytest.mark.parametrize(
@@ -46,6 +105,7 @@ def test_a_model_that_there_is_not_ends_in_3(capsys: pytest.CaptureFixture[str])
     [
         (["load"], "Missing argument"),
         (["load", "pen", "--precision", "int4"], "int4"),
+        (["load", "pen", "--service", "gateway"], "gateway"),
         (["--json", "load", "pen"], "--json: give it after 'load'"),
         (["--timeout", "5", "unload", "pen"], "--timeout: give it after 'unload'"),
         (["lode", "pen"], "lode"),

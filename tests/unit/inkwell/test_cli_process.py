@@ -83,7 +83,7 @@ class Terminal:
         lambda folder: ["read", *files(folder, "say a", "hold")],
         lambda folder: ["paint", "hold", "-o", "cat.png"],
         lambda folder: ["document", *files(folder, "hold\fb")],
-        lambda folder: ["models", "load", "hold"],
+        lambda folder: ["models", "load", "hold", "--service", "ocr"],
     ],
     ids=["read one", "read many", "paint", "document", "models load"],
 )
@@ -184,7 +184,8 @@ def test_a_terminal_shows_how_far_a_document_is(server: InkwellServer, tmp_path:
 
 
 def test_a_terminal_shows_how_a_model_loads(server: InkwellServer, tmp_path: Path) -> None:
-    terminal = Terminal(["models", "load", "hold"], tmp_path, environment(server, TERM="xterm-256color"))
+    arguments = ["models", "load", "hold", "--service", "diffusion"]
+    terminal = Terminal(arguments, tmp_path, environment(server, TERM="xterm-256color"))
     terminal.wait_for("reading weights")
     server.release.set()
     assert terminal.end() == 0

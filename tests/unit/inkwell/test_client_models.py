@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import inkwell
+from inkwell.diffusion.v1 import diffusion_pb2
 from inkwell.ocr.v1 import ocr_pb2
 from tests.unit.inkwell.fake_server import TIMEOUT_S, InkwellServer
 from tests.unit.inkwell.test_aio_client import set_event
@@ -141,6 +142,48 @@ def test_a_model_that_there_is_not(client: inkwell.Client, server: InkwellServer
     assert len(server.requests) == 2
 
 
+def test_a_model_that_paints_is_loaded_and_unloaded_where_that_is_said(
+    client: inkwell.Client, server: InkwellServer
+) -> None:
+    seen: list[inkwell.LoadEvent] = []
+    model = client.load_model("brush", service="diffusion", on_event=seen.append)
+    assert isinstance(model, inkwell.DiffusionModel)
+    assert (model.name, model.state, model.memory_bytes) == ("brush", inkwell.ModelState.READY, 18_000_000)
+    assert seen == [
+        inkwell.LoadProgress(1, inkwell.LoadStage.WAITING, ()),
+        inkwell.LoadProgress(2, inkwell.LoadStage.READING_WEIGHTS, ("old",)),
+        inkwell.LoadProgress(4, inkwell.LoadStage.WARMING, ()),
+        inkwell.LoadResult(5, model, 0),
+    ]
+    unloaded = client.unload_model("brush", service="diffusion")
+    assert (unloaded.state, unloaded.memory_bytes) == (inkwell.ModelState.UNLOADED, 0)
+    assert [type(each) for each in server.requests] == [
+        diffusion_pb2.LoadModelRequest,
+        diffusion_pb2.UnloadModelRequest,
+    ]
+    with pytest.raises(inkwell.NotFound, match="pen"):  # no guessing: models that read are meant
+        client.load_model("brush")
+
+
+def test_stages_have_the_same_numbers_in_both_services() -> None:
+    ours: dict[str, int] = dict(ocr_pb2.LoadStage.items())
+    theirs: dict[str, int] = dict(diffusion_pb2.LoadStage.items())
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [({"service": "gateway"}, "service"), ({"service": "diffusion", "precision": "float16"}, "precision")],
+)
+def test_what_no_service_can_load_is_refused_by_name(
+    client: inkwell.Client, server: InkwellServer, options: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(inkwell.InvalidRequest) as raised:
+        client.load_model("brush", **options)
+    assert raised.value.fields[0].field == field
+    assert not server.requests
+
+
 def test_closing_the_iterator_ends_the_waiting(client: inkwell.Client, server: InkwellServer) -> None:
     events = client.load_model_stream("hold")
     next(events)
@@ -157,6 +200,12 @@ async def test_the_asyncio_client_does_the_same(
     assert await aio_client.load_model("pen") == client.load_model("pen")
     assert [event async for event in aio_client.load_model_stream("pen")] == list(client.load_model_stream("pen"))
     assert await aio_client.unload_model("pen") == client.unload_model("pen")
+    loaded = client.load_model("brush", service="diffusion")
+    assert await aio_client.load_model("brush", service="diffusion") == loaded
+    unloaded = client.unload_model("brush", service="diffusion")
+    assert await aio_client.unload_model("brush", service="diffusion") == unloaded
+    assert await aio_client.adapters() == client.adapters()
+    assert await aio_client.controls() == client.controls()
     events = aio_client.load_model_stream("hold")
     await anext(events)
     await set_event(server.held)

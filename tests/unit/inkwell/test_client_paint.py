@@ -137,6 +137,8 @@ def test_models_of_all_services_are_listed(client: inkwell.Client) -> None:
     )  # fmt: skip
     assert isinstance(painter, inkwell.DiffusionModel)
     assert (painter.state, painter.size_multiple) == (inkwell.ModelState.LOADING, 8)
+    assert (painter.file_bytes, painter.memory_bytes, painter.vaes) == (36_000_000, 18_000_000, ("sharp",))
+    assert (painter.features, painter.schedulers) == (("image", "loras"), ("euler", "ddim"))
     assert client.models("ocr") == [reader]
     assert client.models("diffusion") == [painter]
 
@@ -154,7 +156,25 @@ def test_a_service_called_directly_has_only_its_own_models(only: str) -> None:
 
 
 def test_schedulers_are_listed(client: inkwell.Client) -> None:
-    assert client.schedulers()[1] == inkwell.Scheduler("ddim", "DDIM", "Take ddim.")
+    assert client.schedulers()[1] == inkwell.Scheduler("ddim", "DDIM", "Take ddim.", ("Ddim", "ddim a"), ("eta",))
+
+
+def test_adapters_are_listed(client: inkwell.Client) -> None:
+    flat, cat, ip, later = client.adapters()
+    assert flat == inkwell.Adapter("flat", inkwell.AdapterKind.LORA, ("brush",), 1_500_000)
+    assert (cat.kind, cat.models) == (inkwell.AdapterKind.TEXTUAL_INVERSION, ())
+    assert (ip.kind, ip.models) == ("image_prompt", ("brush", "other"))
+    assert later.kind is inkwell.AdapterKind.UNKNOWN
+
+
+def test_controls_and_preprocessors_are_listed(client: inkwell.Client) -> None:
+    assert client.controls() == inkwell.Controls(
+        models=(
+            inkwell.ControlModel("edges", inkwell.ControlKind.CONTROLNET, ("brush",), "canny"),
+            inkwell.ControlModel("sketch", inkwell.ControlKind.T2I_ADAPTER, (), ""),
+        ),
+        preprocessors=(inkwell.Preprocessor("canny", "Thin lines along edges."),),
+    )
 
 
 def test_the_fleet_is_listed(client: inkwell.Client) -> None:
