@@ -8,6 +8,7 @@ import typer
 from inkwell.aio import AsyncClient
 from inkwell.channel import DEFAULT_TIMEOUT_S
 from inkwell.cli.options import DEFAULT_ADDRESS, Address, Hardware, Json, Quiet, Timeout, Wait, call
+from inkwell.errors import FieldViolation, InkwellError
 from inkwell.types import MaskFill, PredictionType, PreviewMethod, PromptSyntax, TimestepSpacing
 
 _START = "Start from a picture"
@@ -302,7 +303,14 @@ def paint(
         },
     )
     what, options = asking.combined(given, like)
-    call(
-        lambda client: painting.run(client, what, options, destination, as_json=json, quiet=quiet, preview=preview),
-        AsyncClient(address, hardware=hardware, timeout_s=timeout, wait_for_ready_s=wait),
-    )
+    try:
+        call(
+            lambda client: painting.run(client, what, options, destination, as_json=json, quiet=quiet, preview=preview),
+            AsyncClient(address, hardware=hardware, timeout_s=timeout, wait_for_ready_s=wait),
+        )
+    except InkwellError as error:
+        # What is an argument of the commands that read, image.content, is an option here.
+        error.fields = tuple(
+            FieldViolation(each.field.removesuffix(".content"), each.description) for each in error.fields
+        )
+        raise

@@ -39,9 +39,11 @@ class PaintingServicer(diffusion_pb2_grpc.DiffusionServiceServicer):
         if request.HasField("step_count") and not 1 <= request.step_count <= 1000:
             fault = faults.invalid_field("step_count", f"{request.step_count} is not within 1 to 1000")
             self._server.refuse(context, fault)
+        if request.image.content == b"bad":
+            self._server.refuse(context, faults.invalid_field("image.content", "not a picture"))
         for place, each in enumerate(request.controls):
             if each.image.content == b"bad":
-                self._server.refuse(context, faults.invalid_field(f"controls[{place}].image", "not a picture"))
+                self._server.refuse(context, faults.invalid_field(f"controls[{place}].image.content", "not a picture"))
         count = (request.image_count or 1) * (request.batch_count or 1)
         steps = request.step_count or 20
         pictures = [picture(request, number) for number in range(count)]

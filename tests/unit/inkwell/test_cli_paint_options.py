@@ -160,7 +160,9 @@ def test_wrong_options_end_in_2_before_anything_is_sent(
 
 def test_what_the_server_refuses_is_told_by_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["paint", "x", "-o", "x.png", "--control", f"edges={line_file('bad.png', 'bad')}", "-q"]) == 2
-    assert capsys.readouterr().err == "inkwell: controls[0].image: not a picture\n  Correct --control.\n"
+    assert capsys.readouterr().err == "inkwell: controls[0].image.content: not a picture\n  Correct --control.\n"
+    assert main(["paint", "x", "-o", "x.png", "--image", "bad.png", "-q"]) == 2
+    assert capsys.readouterr().err == "inkwell: image.content: not a picture\n  Correct --image.\n"
 
 
 # --- again ---------------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 import inkwell
-from services.diffusion import domain, metadata
+from inkwell.converters import paint
+from services.diffusion import converters, domain, metadata
 
 VALUES: dict[str, Any] = {
     "model": "brush", "prompt": "ein Käse 🧀", "negative_prompt": "", "width": 16, "height": 8, "step_count": 20,
@@ -64,7 +65,10 @@ def test_what_the_service_embeds_is_read() -> None:
     assert all(getattr(full, each.name) != each.default for each in msgspec.structs.fields(full))
     for parameters in (full, domain.Parameters(**VALUES)):
         content = metadata.encode(Image.new("RGB", (16, 8)), parameters, "image/png", 95)
-        assert_same(inkwell.embedded_parameters(content), parameters)
+        embedded = inkwell.embedded_parameters(content)
+        assert_same(embedded, parameters)
+        # The same over the wire.
+        assert paint.parameters(converters.to_parameters(parameters)) == embedded
 
 
 def assert_same(ours: Any, theirs: Any) -> None:
