@@ -5,24 +5,19 @@ pixels is part of the work of all.
 """
 
 import io
-import os
-import tempfile
-import time
+import multiprocessing
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-import grpc
 import msgspec
 import psutil
 import torch
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from PIL import Image
 from transformers import StoppingCriteria, VisionEncoderDecoderModel
 
+from benchmarks._running import running
 from benchmarks._trocr_base import Line
 from inkwell import Client
 from services import local
@@ -30,8 +25,6 @@ from services.kit.engine_api import Failed, Finished, Raw
 from services.ocr import domain
 from services.ocr.engine.main import OcrEngine, create_engine
 from services.ocr.settings import Settings
-
-READY_WITHIN_S = 300.0
 
 
 class _OwnLengths(StoppingCriteria):  # type: ignore[misc]
@@ -69,11 +62,41 @@ class Generate:
 
 
 class Engine:
-    """Inkwell's engine in this process, so many lines given to it at a time."""
+    """Inkwell's engine without gRPC, so many lines given to it at a time, in a process like the one that serves it.
+
+    A process of its own, because native libraries take their settings when they are first loaded: here transformers
+    came first, as it does for who calls `generate`, and OpenMP's threads wait otherwise than in the service.
+    """
 
     def __init__(self, settings: Settings, callers: int) -> None:
-        self._engine: OcrEngine = create_engine(settings.model_dump_json())
-        self._model = settings.default_model_name
+        self._process = ProcessPoolExecutor(
+            1,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_open_engine,
+            initargs=(settings.model_dump_json(), callers),
+        )
+
+    def read(self, lines: Sequence[Line]) -> list[list[int]]:
+        return self._process.submit(_read_in_engine, list(lines)).result()
+
+    def close(self) -> None:
+        self._process.shutdown()
+
+
+def _open_engine(settings_json: str, callers: int) -> None:
+    """Runs in the engine's process, which imports `services` before torch as the service does."""
+    global _in_process
+    _in_process = _InProcess(settings_json, callers)
+
+
+def _read_in_engine(lines: Sequence[Line]) -> list[list[int]]:
+    return _in_process.read(lines)
+
+
+class _InProcess:
+    def __init__(self, settings_json: str, callers: int) -> None:
+        self._engine: OcrEngine = create_engine(settings_json)
+        self._model = Settings.model_validate_json(settings_json).default_model_name
         self._callers = callers
 
     def read(self, lines: Sequence[Line]) -> list[list[int]]:
@@ -100,6 +123,9 @@ class Engine:
                 partials=False,
             )
             self._engine.submit(str(number), Raw(msgspec.msgpack.encode(job)))
+
+
+_in_process: _InProcess
 
 
 class Service:
@@ -130,37 +156,9 @@ class Service:
 @contextmanager
 def served(settings: Settings, callers: int) -> Iterator[Service]:
     """The OCR service with these settings, in processes of its own, ready to read."""
-    given = {
-        f"INKWELL_OCR_{name.upper()}": value if isinstance(value, str) else msgspec.json.encode(value).decode()
-        for name, value in settings.model_dump(mode="json", exclude_unset=True).items()
-    }
-    ports = {"ocr": (local.free_ports(1)[0], -1)}
-    with tempfile.TemporaryDirectory(prefix="inkwell-") as folder:
-        with patch.dict(os.environ, given):
-            process = local.spawn("ocr", ports, Path(folder))
+    with running("ocr", settings) as process:
+        service = Service(process, callers)
         try:
-            _wait_ready(process, Path(folder) / "ocr.log")
-            service = Service(process, callers)
-            try:
-                yield service
-            finally:
-                service.close()
+            yield service
         finally:
-            local.stop([process])
-
-
-def _wait_ready(process: local.Service, log: Path) -> None:
-    deadline = time.monotonic() + READY_WITHIN_S
-    request = health_pb2.HealthCheckRequest(service="readiness")
-    with grpc.insecure_channel(process.address) as channel:
-        check = health_pb2_grpc.HealthStub(channel).Check
-        while True:
-            try:
-                status = check(request, timeout=5, wait_for_ready=True).status
-            except grpc.RpcError:
-                status = health_pb2.HealthCheckResponse.UNKNOWN
-            if status == health_pb2.HealthCheckResponse.SERVING:
-                return
-            if time.monotonic() > deadline or not psutil.pid_exists(process.pid):
-                raise RuntimeError(f"the OCR service did not get ready; its log:\n{log.read_text(errors='replace')}")
-            time.sleep(0.2)
+            service.close()

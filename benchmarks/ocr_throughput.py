@@ -14,7 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,14 @@ from services import local
 from services.ocr.settings import Settings
 
 ROUNDS = 5
-LINES = 32
+LINES = 48  # a multiple of the batch sizes, so that `generate` has no batch with holes
 CALLERS = 16
 BATCH_SIZES = (2, 4, 8, 16)
 MEMORY_LINES = 2000
 MEMORY_WARM_UP = 400
 
 ONE_BY_ONE = "generate, one by one"
-ENGINE = "Inkwell, engine in-process"
+ENGINE = "Inkwell, engine without gRPC"
 # What the service can run the model on; each is compared with `generate` in float32.
 RUNTIMES: dict[str, dict[str, Any]] = {"torch float32": {"precision": "float32"}}
 
@@ -66,7 +66,8 @@ def _speed(lines: Sequence[Line], rounds: int, figure: Path | None) -> dict[str,
         for name, settings in RUNTIMES.items():
             service = served(_settings(folder, **settings), CALLERS)
             contenders[_served_name(name)] = stack.enter_context(service).read
-        contenders[ENGINE] = Engine(_settings(folder, **RUNTIMES["torch float32"]), CALLERS).read
+        engine = stack.enter_context(closing(Engine(_settings(folder, **RUNTIMES["torch float32"]), CALLERS)))
+        contenders[ENGINE] = engine.read
 
         rates = _rates(contenders, lines, rounds)
         _print_rates(rates)
@@ -117,6 +118,8 @@ def _rates(contenders: dict[str, Read], lines: Sequence[Line], rounds: int) -> d
             elif number == 0:
                 equal = sum(a == b for a, b in zip(texts, wanted, strict=False))
                 print(f"  {name}: {equal} of {len(wanted)} texts as `generate` reads them one by one", flush=True)
+        last = ", ".join(f"{values[-1]:.2f}" for values in rates.values())
+        print(f"  round {number + 1} of {rounds}, lines/s: {last}", flush=True)
     return rates
 
 

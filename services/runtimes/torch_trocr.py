@@ -20,7 +20,7 @@ from services.runtimes import int8_folder
 from services.runtimes.checkpoints import CheckpointError, read_config, require_weights
 from services.runtimes.hardware import Hardware
 from services.runtimes.precision import Precision, apply_precision, parameter_count, refusal, weight_bytes
-from services.runtimes.torch_speed import can_pack, pack_linears
+from services.runtimes.torch_speed import can_pack, pack_linears, packs_many_rows
 
 _FIRST_LENGTH = 64
 _FIRST_ROWS = 4
@@ -112,7 +112,9 @@ class TrocrModel:
         self.weight_bytes = weight_bytes(model)
         if can_pack(self.device):
             # After apply_precision: what that has quantized stays.
-            pack_linears(model)
+            pack_linears(model.decoder)
+            if packs_many_rows():
+                pack_linears(model)
         self._encoder = model.encoder
         self._projection: nn.Module = getattr(model, "enc_to_dec_proj", nn.Identity())
         self._head = model.decoder.output_projection

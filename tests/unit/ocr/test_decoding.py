@@ -129,9 +129,11 @@ def test_log_probabilities_are_the_models_own_even_of_tokens_that_are_forced(
                     decoder_input_ids=torch.tensor([[tiny_trocr.BOS, *ids[:-1]]]),
                 ).logits[0]
             wanted = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
-            assert [token.log_probability for token in hypothesis.tokens] == pytest.approx(wanted, abs=5e-4)
-            assert hypothesis.log_probability == pytest.approx(sum(wanted), abs=5e-3)
-            assert hypothesis.confidence == pytest.approx(math.exp(sum(wanted) / len(wanted)), abs=5e-4)
+            # One token was seen 1.6e-4 off a float64 reference: what oneDNN's rounding comes to over the layers
+            # (services/runtimes/torch_speed.py). The library's own is 1e-4 off at most.
+            assert [token.log_probability for token in hypothesis.tokens] == pytest.approx(wanted, abs=3e-4)
+            assert hypothesis.log_probability == pytest.approx(sum(wanted), abs=3e-3)
+            assert hypothesis.confidence == pytest.approx(math.exp(sum(wanted) / len(wanted)), abs=3e-4)
             assert "".join(token.text for token in hypothesis.tokens) == hypothesis.text
 
 
