@@ -19,6 +19,8 @@ from tests.support import tiny_trocr
 from tests.support.reading import GREEDY, Reader, beams, engine_of, generate, lane_in, scribble
 
 LINES = [scribble(seed) for seed in range(12)]
+# Of all hypotheses; none where there are fewer than fifty. A tie is two of them that changed places.
+TIES_MOST = 0.02
 OTHERS = [beams(1, ngram=2), beams(4, ngram=1, stopping="first"), beams(3, ngram=3, penalty=2.0, stopping="never")]
 
 
@@ -32,12 +34,18 @@ def check_equal(engine: OcrEngine, model: VisionEncoderDecoderModel, decoding: D
         reader.submit(str(number), line, decoding)
     reader.finish()
     pixels = lane_in(engine).model.prepare(LINES)
+    ties = 0
     for number, (ids, scores) in enumerate(generate(model, pixels, decoding, **options)):
         read = reader.reads[str(number)]
-        assert read.ids == ids
-        if decoding.beam_width > 1:
-            assert read.recognition is not None
-            assert [h.score for h in read.recognition.hypotheses] == pytest.approx(scores, rel=1e-4)
+        if decoding.beam_width == 1:
+            assert read.ids == ids
+            continue
+        assert read.recognition is not None
+        assert [h.score for h in read.recognition.hypotheses] == pytest.approx(scores, rel=1e-4)
+        assert len(read.ids) == len(ids)
+        ties += sum(own != other for own, other in zip(read.ids, ids, strict=True))
+    # Texts whose scores are equal to the last bits may come in another order on another processor.
+    assert ties <= TIES_MOST * len(LINES) * decoding.hypothesis_count
 
 
 @pytest.mark.parametrize(
