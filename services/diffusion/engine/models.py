@@ -1,6 +1,5 @@
 """A model in memory: its pipeline, what goes with it, and how it describes itself."""
 
-import copy
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,18 +49,13 @@ class LoadedModel:
             self.preview = self._load_preview(source.folder)
         except ModelError as error:
             raise type(error)(f"model {name}: {error}") from error
-        self._schedulers = Schedulers(self.pipeline.scheduler)
+        with loading.BUILDING:  # noise schedules are made of numbers of torch's default type
+            self._schedulers = Schedulers(self.pipeline.scheduler)
         self.info = self._describe(source)
         self.conditioner = Conditioner(self.pipeline)
         self.previews = Previews(self.pipeline.vae, self.preview, _pixels_a_latent(self.pipeline.vae))
         lanes.open_gate(self.denoiser)
         decoding.open_gate(self.pipeline.vae)
-
-    def lane_pipeline(self, scheduler: str, step_count: int) -> Any:
-        """A pipeline for one picture: the shared weights, but call state and a scheduler of its own."""
-        pipeline = copy.copy(self.pipeline)
-        pipeline.scheduler = self._schedulers.make(scheduler, step_count)
-        return pipeline
 
     @property
     def dtype(self) -> torch.dtype:
@@ -91,14 +85,6 @@ class LoadedModel:
             decoding.open_gate(vae)
             self._vaes[name] = vae
         return self._vaes[name]
-
-    def cut_off(self, text: str) -> str:
-        """The end of a prompt that does not fit the model's token limit; empty if all of it does."""
-        tokenizer = _widest_tokenizer(self.pipeline)
-        if tokenizer is None or not text:
-            return ""
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return str(tokenizer.decode(ids[self.info.prompt_token_limit :]).strip())
 
     def _find_denoiser(self) -> nn.Module:
         denoiser = getattr(self.pipeline, "unet", None) or getattr(self.pipeline, "transformer", None)

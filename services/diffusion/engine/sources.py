@@ -13,12 +13,13 @@ import diffusers
 import transformers
 from diffusers import pipelines as diffusers_pipelines
 from diffusers.utils.deprecation_utils import _maybe_remap_transformers_class
+from huggingface_hub import snapshot_download
 from torch import nn
 
 from services.diffusion.catalog import INDEX
 from services.diffusion.settings import ModelSettings
 from services.runtimes import safetensors_files
-from services.runtimes.checkpoints import CheckpointError, CheckpointMissingError, hub_errors, resolve
+from services.runtimes.checkpoints import Checkpoint, CheckpointError, CheckpointMissingError, hub_errors, resolve
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _SINGLE_FILE = ".safetensors"
@@ -26,7 +27,8 @@ _PICKLE_ADVICE = "which can run code when loaded; convert them to safetensors"
 # The weight files' names without ending, of diffusers and of transformers.
 _STEMS = ("diffusion_pytorch_model", "model")
 _INDEX_ENDING = ".safetensors.index.json"
-_TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
+# Of a repository: configurations, tokenizers, and the indexes of weights in shards.
+_SMALL_FILES = [INDEX, "*/*.json", "*/*.txt", "*/*.model"]
 # In checkpoints of the original layouts the names of a part's tensors begin like this.
 _DENOISERS = ("unet", "transformer")
 # Transformers come under the first of these, or alone in their file and then under none.
@@ -174,29 +176,32 @@ def _holds(tensors: Iterable[str], name: str, cls: type[nn.Module]) -> bool:
 
 
 def _fetch(source: str, *, whole: bool) -> Path:
-    """The folder of a hub repository in the hub's cache; without its weights unless `whole`."""
+    """The folder of a hub repository in the hub's cache: no code, no pickles, and no weights unless `whole`."""
     try:
         checkpoint = resolve(source)
         if checkpoint.revision is None:
             return Path(checkpoint.location)
         with hub_errors(source):
-            if whole:
-                folder = diffusers.DiffusionPipeline.download(
-                    checkpoint.location,
-                    revision=checkpoint.revision,
-                    use_safetensors=True,
-                    trust_remote_code=False,
-                )
-            else:
-                from huggingface_hub import snapshot_download
-
-                wanted = [INDEX, *(f"*/{pattern}" for pattern in _TOKENIZER_FILES)]
-                folder = snapshot_download(checkpoint.location, revision=checkpoint.revision, allow_patterns=wanted)
-            return Path(folder)
+            folder = _snapshot(checkpoint, _SMALL_FILES)
+        if not whole:
+            return folder
+        parts = [name for name in _read_index(folder) if (folder / name / "config.json").is_file()]
+        with hub_errors(source):
+            wanted = [
+                f"{part}/{stem}{kind}.safetensors" for part in parts for stem in _STEMS for kind in ("", "-*-of-*")
+            ]
+            folder = _snapshot(checkpoint, wanted)
+            if lacking := [part for part in parts if not _weight_files(folder / part, None)]:
+                folder = _snapshot(checkpoint, [f"{part}/*.fp16*.safetensors" for part in lacking])
+        return folder
     except CheckpointMissingError as error:
         raise ModelMissingError(str(error)) from error
     except CheckpointError as error:
         raise ModelError(str(error)) from error
+
+
+def _snapshot(checkpoint: Checkpoint, patterns: list[str]) -> Path:
+    return Path(snapshot_download(checkpoint.location, revision=checkpoint.revision, allow_patterns=patterns))
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

@@ -1,83 +1,17 @@
-"""Checkpoints of a hub: a small server on loopback speaks what the hub library asks for."""
+"""Checkpoints of a hub."""
 
-import hashlib
 import json
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 import pytest
 
 from services.runtimes import checkpoints
 from services.runtimes.checkpoints import Checkpoint, CheckpointError, CheckpointMissingError
 from tests.support import tiny_trocr
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-class Hub:
-    """Serves one repository, owner/model, at one commit that has the tag v1."""
-
-    def __init__(self, folder: Path) -> None:
-        self.asked: list[str] = []
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_HEAD(self) -> None:
-                self.answer(body=False)
-
-            def do_GET(self) -> None:
-                self.answer(body=True)
-
-            def log_message(self, *args: object) -> None:
-                pass
-
-            def answer(self, *, body: bool) -> None:
-                path = unquote(urlsplit(self.path).path)
-                hub.asked.append(path)
-                for revision in (COMMIT, "v1"):
-                    if path == f"/api/models/owner/model/revision/{revision}":
-                        files = sorted(file.name for file in folder.iterdir())
-                        info = {"id": "owner/model", "sha": COMMIT, "siblings": [{"rfilename": n} for n in files]}
-                        return self.send(json.dumps(info).encode(), body, "application/json")
-                    if path == f"/api/models/owner/model/tree/{revision}":
-                        tree = [
-                            {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": digest(f)}
-                            for f in sorted(folder.iterdir())
-                        ]
-                        return self.send(json.dumps(tree).encode(), body, "application/json")
-                    prefix = f"/owner/model/resolve/{revision}/"
-                    if path.startswith(prefix) and (folder / path.removeprefix(prefix)).is_file():
-                        file = folder / path.removeprefix(prefix)
-                        return self.send(file.read_bytes(), body, "application/octet-stream", digest(file))
-                self.send_response(404)
-                known = "/owner/model/" in path
-                self.send_header("X-Error-Code", "RevisionNotFound" if known else "RepoNotFound")
-                self.send_header("Content-Length", "0")
-                self.end_headers()
-                return None
-
-            def send(self, content: bytes, body: bool, kind: str, etag: str = "") -> None:
-                self.send_response(200)
-                self.send_header("Content-Type", kind)
-                self.send_header("Content-Length", str(len(content)))
-                self.send_header("X-Repo-Commit", COMMIT)
-                self.send_header("ETag", f'"{etag}"')
-                self.end_headers()
-                if body:
-                    self.wfile.write(content)
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-
-
-def digest(file: Path) -> str:
-    return hashlib.sha1(file.read_bytes(), usedforsecurity=False).hexdigest()
+from tests.support.hub import COMMIT, Hub
 
 
 @pytest.fixture(scope="module")
@@ -116,15 +50,7 @@ else:
 def fetch(hub: Hub, home: Path, source: str, what: str = "files", **environment: str) -> list[object]:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, source, what],
-        env={
-            "PATH": "/usr/bin:/bin",
-            "HF_HOME": str(home),
-            "HF_ENDPOINT": hub.url,
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_XET": "1",
-            "OMP_NUM_THREADS": "1",
-            **environment,
-        },
+        env={**hub.environment(home), **environment},
         cwd=Path(__file__).parents[3],
         capture_output=True,
         text=True,
