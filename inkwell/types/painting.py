@@ -68,7 +68,7 @@ class GenerationParameters:
     guidance_scale: float
     scheduler: str
     seed: int
-    prompt_syntax: PromptSyntax = PromptSyntax.WEIGHTED
+    prompt_syntax: PromptSyntax = PromptSyntax.PLAIN  # as it was for pictures whose files do not say
     prompt_template: str = ""
     """The prompt as it was asked for, where wildcards or styles changed it."""
     negative_prompt_template: str = ""

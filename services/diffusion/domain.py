@@ -154,7 +154,7 @@ class Parameters(msgspec.Struct, frozen=True, omit_defaults=True):
     guidance_scale: float
     scheduler: str
     seed: int  # 0 to 2^32 - 1
-    prompt_syntax: PromptSyntax = "weighted"
+    prompt_syntax: PromptSyntax = "plain"  # as it was for pictures whose files do not say
     # The prompts as they were asked for, where wildcards or styles changed them.
     prompt_template: str = ""
     negative_prompt_template: str = ""
@@ -186,7 +186,7 @@ class PreviewPlan(msgspec.Struct, frozen=True):
     max_side_px: int = 512
 
 
-class PaintJob(msgspec.Struct, frozen=True):
+class PaintJob(msgspec.Struct, frozen=True, tag=True):
     """A validated call, as the engine gets it: one set of parameters a picture, of which only the seed and what follows
     from it (prompts with wildcards) differ.
 
@@ -209,25 +209,162 @@ class PaintJob(msgspec.Struct, frozen=True):
         """Those of the first picture; model, size and steps are the same for all."""
         return self.pictures[0]
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Every model that it needs, the one that begins first."""
+        refiners = (picture.refiner.model for picture in self.pictures if picture.refiner is not None)
+        return tuple(dict.fromkeys((self.parameters.model, *refiners)))
 
-@dataclass(frozen=True)
-class Asked:
-    """A request as it came, before limits and defaults; None where the caller left a field unset."""
+
+class LoadJob(msgspec.Struct, frozen=True, tag=True):
+    """Load a known model; nothing to do when it is loaded. Updates are `Loading`, the result is its ModelInfo."""
 
     model: str
-    prompt: str
-    negative_prompt: str
+
+
+class UnloadJob(msgspec.Struct, frozen=True, tag=True):
+    """Free a model's memory once the jobs that use it are done. The result says nothing."""
+
+    model: str
+
+
+Work = PaintJob | LoadJob | UnloadJob
+
+
+# --- a request as it came, before limits and defaults; None where the caller left a field unset ---
+
+
+@dataclass(frozen=True)
+class AskedInpaint:
+    """Inpaint as asked for."""
+
+    mask: bytes
+    blur_px: int | None
+    inverted: bool
+    crop_padding_px: int | None
+    fill: MaskFill | None
+
+
+@dataclass(frozen=True)
+class AskedOutpaint:
+    """Outpaint as asked for."""
+
+    left_px: int
+    top_px: int
+    right_px: int
+    bottom_px: int
+    blur_px: int | None
+    fill: MaskFill | None
+
+
+@dataclass(frozen=True)
+class AskedControl:
+    """Control as asked for."""
+
+    model: str
+    image: bytes
+    preprocessor: str
+    scale: float | None
+    start: float | None
+    end: float | None
+
+
+@dataclass(frozen=True)
+class AskedImagePrompt:
+    """ImagePrompt as asked for."""
+
+    adapter: str
+    image: bytes
+    scale: float | None
+
+
+@dataclass(frozen=True)
+class AskedLora:
+    """Lora as asked for."""
+
+    name: str
+    weight: float | None
+
+
+@dataclass(frozen=True)
+class AskedHires:
+    """Hires as asked for."""
+
+    scale: float | None
     width: int | None
     height: int | None
+    upscaler: str
     step_count: int | None
-    guidance_scale: float | None
-    scheduler: str
-    seed: int | None
-    image_count: int | None
-    media_type: str
-    quality: int | None
-    preview_disabled: bool
-    preview_interval: int | None
+    strength: float | None
+
+
+@dataclass(frozen=True)
+class AskedRefiner:
+    """Refiner as asked for."""
+
+    model: str
+    switch_at: float | None
+
+
+@dataclass(frozen=True)
+class AskedPerturbedAttention:
+    """PerturbedAttention as asked for."""
+
+    scale: float | None
+    adaptive_scale: float | None
+
+
+@dataclass(frozen=True)
+class AskedFreeU:
+    """FreeU as asked for."""
+
+    s1: float | None
+    s2: float | None
+    b1: float | None
+    b2: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A whole request as it came."""
+
+    model: str = ""
+    prompt: str = ""
+    negative_prompt: str = ""
+    width: int | None = None
+    height: int | None = None
+    step_count: int | None = None
+    guidance_scale: float | None = None
+    scheduler: str = ""
+    seed: int | None = None
+    image_count: int | None = None
+    batch_count: int | None = None
+    media_type: str = ""
+    quality: int | None = None
+    preview_disabled: bool = False
+    preview_interval: int | None = None
+    preview_method: PreviewMethod | None = None
+    preview_max_side_px: int | None = None
+    prompt_syntax: PromptSyntax | None = None
+    styles: tuple[str, ...] = ()
+    wildcard_seed: int | None = None
+    image: bytes | None = None
+    strength: float | None = None
+    inpaint: AskedInpaint | None = None
+    outpaint: AskedOutpaint | None = None
+    controls: tuple[AskedControl, ...] = ()
+    image_prompts: tuple[AskedImagePrompt, ...] = ()
+    loras: tuple[AskedLora, ...] = ()
+    hires: AskedHires | None = None
+    refiner: AskedRefiner | None = None
+    sampling: Sampling = Sampling()
+    guidance_rescale: float | None = None
+    perturbed_attention: AskedPerturbedAttention | None = None
+    freeu: AskedFreeU | None = None
+    clip_skip: int | None = None
+    variation: Variation | None = None
+    vae: Vae | None = None
+    unknown_enums: tuple[str, ...] = ()  # fields whose number means nothing in this version of the contract
 
 
 # --- what the engine says while it paints, and at the end ---
@@ -253,17 +390,49 @@ JobUpdate = StepDone | PreviewPainted
 
 
 class Painted(msgspec.Struct, frozen=True):
-    """The encoded files, parameters embedded, and what the caller should know."""
+    """The encoded files, parameters embedded, and what the caller should know.
+
+    control_images: the conditions as they steered, PNG, by parameters.controls.
+    """
 
     images: tuple[bytes, ...]
     warnings: tuple[str, ...]
+    control_images: tuple[bytes, ...] = ()
 
 
 # --- what the engine says about itself ---
 
 
+class Loading(msgspec.Struct, frozen=True):
+    """Where a LoadJob stands."""
+
+    stage: Literal["waiting", "reading_weights", "warming"]
+    evicted_models: tuple[str, ...] = ()  # unloaded to make room
+
+
+# Where a model stands, in the words of the contract's ModelState.
+ModelState = Literal["loading", "ready", "unloaded"]
+Family = Literal["sd", "sdxl", "sd3", "flux", "other"]
+Feature = Literal[
+    "text",  # paints from a prompt alone; a refiner does not
+    "image",
+    "inpaint",
+    "outpaint",
+    "controls",
+    "image_prompts",
+    "loras",
+    "hires",
+    "refiner",  # another model can take its last steps over
+    "perturbed_attention",
+    "freeu",
+    "clip_skip",
+    "guidance_rescale",
+    "variation",
+]
+
+
 class ModelInfo(msgspec.Struct, frozen=True):
-    """A loaded model."""
+    """A loaded model. What LoadJob ends with."""
 
     name: str
     pipeline: str  # diffusers class
@@ -280,14 +449,20 @@ class ModelInfo(msgspec.Struct, frozen=True):
     # Names it can be painted with, and for the others of the table why not.
     schedulers: tuple[str, ...]
     unfit_schedulers: dict[str, str]
+    family: Family = "other"
+    features: tuple[Feature, ...] = ()
+    vaes: tuple[str, ...] = ()  # other VAEs by name
+    file_bytes: int = 0  # of the weights on disk
+    memory_bytes: int = 0  # of the weights in memory
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
-    """The engine, once it is ready."""
+    """What the engine says of itself when it is ready, and again whenever a model comes or goes."""
 
     hardware: str
     runtime: str
-    models: tuple[ModelInfo, ...]
+    models: tuple[ModelInfo, ...]  # those that are loaded
+    loading: tuple[str, ...] = ()  # names of those that are being loaded or wait for it
 
     def model(self, name: str) -> ModelInfo | None:
         """The model of that name, None if there is none."""

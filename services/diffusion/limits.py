@@ -3,14 +3,30 @@
 Everything that is wrong is said at once, each with its field, the limit and what would be accepted.
 """
 
-import math
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TypeVar
 
-from services.diffusion import metadata
-from services.diffusion.domain import MEDIA_TYPES, SEED_MOST, Asked, EngineInfo, ModelInfo, PaintJob, Parameters
-from services.diffusion.domain import shortest_float32 as shortest
+import msgspec
+
+from services.diffusion import inputs, limits_layers, limits_modes, metadata, sampling, scheduler_table
+from services.diffusion.domain import (
+    MEDIA_TYPES,
+    SEED_MOST,
+    Asked,
+    Inpaint,
+    ModelInfo,
+    Outpaint,
+    PaintJob,
+    Parameters,
+    Pixels,
+    PreviewPlan,
+)
+from services.diffusion.inputs import Input
+from services.diffusion.limits_modes import out_of_range
+from services.diffusion.prompts.resolve import resolve as resolve_prompts
+from services.diffusion.prompts.syntax import parse
 from services.diffusion.settings import Settings
 from services.kit import faults
 from services.kit.faults import FieldViolation
@@ -18,56 +34,84 @@ from services.kit.faults import FieldViolation
 T = TypeVar("T")
 
 
-def resolve(asked: Asked, info: EngineInfo, settings: Settings) -> PaintJob:
-    """The job that a request means. Draws a seed where none was given.
+def resolve(asked: Asked, model: ModelInfo, settings: Settings, refiner: ModelInfo | None = None) -> PaintJob:
+    """The job that a request means. Draws a seed where none was given; decodes the pictures that go in.
 
-    Raises Fault: NOT_FOUND for an unknown model or scheduler, INVALID_ARGUMENT listing every other wrong field.
+    model, refiner: as they are loaded. Large pictures take a while: call it on a thread. Raises Fault: NOT_FOUND for an
+    unknown scheduler, style, wildcard, adapter or control; TOO_LARGE for a picture; FAILED_PRECONDITION for an adapter
+    that cannot be used; INVALID_ARGUMENT listing every other wrong field.
     """
-    name = asked.model or settings.model_of_empty_name
-    model = info.model(name)
-    if model is None:
-        raise faults.not_found("model", name, (m.name for m in info.models), field="model")
-
+    steps = sampling.steps_by_hand(asked.sampling) or _or(asked.step_count, model.default_step_count)
+    guidance_scale = _or(asked.guidance_scale, model.default_guidance_scale)
     violations = [
         *_prompts(asked, settings),
         *_size(asked, model, settings),
-        *_steps(asked, model, settings),
+        *_steps(asked, settings),
         *_pictures(asked, settings),
         *_output(asked),
+        *_preview(asked, model, settings),
+        *limits_modes.features(asked, model),
+        *limits_modes.start(asked, steps),
+        *limits_modes.knobs(asked, guided=guidance_scale > 1),
+        *limits_layers.counts(asked, settings),
+        *limits_layers.vae(asked, model),
     ]
-    scheduler = asked.scheduler or model.default_scheduler
-    if scheduler in model.unfit_schedulers:
-        violations.append(
-            FieldViolation(
-                "scheduler",
-                f"{scheduler} cannot serve {name}: {model.unfit_schedulers[scheduler]}; "
-                f"accepted: {', '.join(model.schedulers)}",
-            )
-        )
-    elif scheduler not in model.schedulers:
-        if not violations:
-            raise faults.not_found("scheduler", scheduler, model.schedulers, field="scheduler")
-        violations.append(FieldViolation("scheduler", f"one of: {', '.join(sorted(model.schedulers))}"))
+    scheduler = _scheduler(asked, model, settings, violations)
     if violations:
         raise faults.invalid_fields(violations)
 
-    image_count = _or(asked.image_count, 1)
+    given = _decoded(asked, settings)
+    width, height = _painted_size(asked, given.image, model, settings)
+    hires, wrong = limits_modes.hires(asked, model, settings, (width, height), steps)
+    takes_over, more = limits_modes.refiner(asked, model)
+    if takes_over is not None and refiner is not None and (unfit := limits_modes.refiner_unfit(model, refiner)):
+        more.append(unfit)
+    if wrong or more:
+        raise faults.invalid_fields([*wrong, *more])
+
+    count = _or(asked.image_count, 1) * _or(asked.batch_count, 1)
+    same = Parameters(
+        model=model.name,
+        prompt="",
+        negative_prompt="",
+        width=width,
+        height=height,
+        step_count=steps,
+        guidance_scale=guidance_scale,
+        scheduler=scheduler,
+        seed=_or(asked.seed, random.randrange(SEED_MOST + 2 - count)),
+        prompt_syntax=asked.prompt_syntax or "weighted",
+        styles=asked.styles,
+        image_sha256=given.image.sha256 if given.image is not None else "",
+        strength=_strength(asked),
+        inpaint=_inpaint(asked, given.mask),
+        outpaint=_outpaint(asked),
+        controls=limits_layers.controls(asked, model, settings, [each.sha256 for each in given.controls]),
+        image_prompts=limits_layers.image_prompts(asked, model, settings, [each.sha256 for each in given.prompts]),
+        hires=hires,
+        refiner=takes_over,
+        sampling=asked.sampling,
+        guidance_rescale=asked.guidance_rescale or None,
+        perturbed_attention=limits_modes.perturbed_attention(asked),
+        freeu=limits_modes.freeu(asked),
+        clip_skip=asked.clip_skip or None,
+        variation=asked.variation,
+        vae=asked.vae,
+    )
     job = PaintJob(
-        Parameters(
-            model=name,
-            prompt=asked.prompt,
-            negative_prompt=asked.negative_prompt,
-            width=_or(asked.width, model.default_width),
-            height=_or(asked.height, model.default_height),
-            step_count=_or(asked.step_count, model.default_step_count),
-            guidance_scale=shortest(_or(asked.guidance_scale, model.default_guidance_scale)),
-            scheduler=scheduler,
-            seed=_or(asked.seed, random.randrange(SEED_MOST + 2 - image_count)),
-        ),
-        image_count=image_count,
+        pictures=tuple(_one(asked, same, index, model, settings) for index in range(count)),
+        batch_size=_or(asked.image_count, 1),
         media_type=asked.media_type or MEDIA_TYPES[0],
         quality=_or(asked.quality, settings.default_quality),
-        preview_interval=0 if asked.preview_disabled else _or(asked.preview_interval, 1),
+        preview=PreviewPlan(
+            0 if asked.preview_disabled else asked.preview_interval,
+            asked.preview_method,
+            _or(asked.preview_max_side_px, settings.preview_max_side_px),
+        ),
+        image=_pixels(given.image),
+        mask=_pixels(given.mask),
+        control_images=tuple(each.pixels for each in given.controls),
+        image_prompt_images=tuple(each.pixels for each in given.prompts),
     )
     _refuse_what_exif_cannot_hold(job)
     return job
@@ -75,10 +119,161 @@ def resolve(asked: Asked, info: EngineInfo, settings: Settings) -> PaintJob:
 
 def cost(job: PaintJob, model: ModelInfo) -> float:
     """Work relative to one step of one picture of the model's own size."""
-    pixels = job.parameters.width * job.parameters.height
-    relative = pixels / (model.default_width * model.default_height)
-    guided = 1.0 if job.parameters.guidance_scale > 1 else 0.5  # guidance evaluates the model on two rows
-    return job.parameters.step_count * job.image_count * relative * guided
+    parameters = job.parameters
+    own = model.default_width * model.default_height
+    steps = float(parameters.step_count) * (parameters.strength or 1.0)
+    work = steps * parameters.width * parameters.height / own
+    if (hires := parameters.hires) is not None:
+        work += hires.step_count * hires.strength * hires.width * hires.height / own
+    # Guidance evaluates the model without the prompt too, and AND on each of its parts.
+    rows = _branch_count(parameters) + (parameters.guidance_scale > 1) + (parameters.perturbed_attention is not None)
+    return work * len(job.pictures) * rows / 2
+
+
+def _one(asked: Asked, same: Parameters, index: int, model: ModelInfo, settings: Settings) -> Parameters:
+    """Picture `index` of the call: its seed, and its prompts, whose wildcards follow from the seed."""
+    seed = same.seed + index
+    wildcard_seed = _or(asked.wildcard_seed, seed)
+    said = resolve_prompts(
+        asked.prompt, asked.negative_prompt, asked.styles, same.prompt_syntax, wildcard_seed, settings
+    )
+    violations = list(said.violations)
+    if said.branch_count > 1:
+        violations += _and_unfit(same, model)
+    if violations:
+        raise faults.invalid_fields(violations)
+    return msgspec.structs.replace(
+        same,
+        seed=seed,
+        prompt=said.prompt,
+        negative_prompt=said.negative_prompt,
+        prompt_template=said.prompt_template,
+        negative_prompt_template=said.negative_prompt_template,
+        wildcard_seed=wildcard_seed if said.wildcards_drawn else None,
+        loras=limits_layers.loras(asked, said.loras, model, settings),
+    )
+
+
+def _and_unfit(parameters: Parameters, model: ModelInfo) -> Iterator[FieldViolation]:
+    if model.family == "flux":
+        yield FieldViolation("prompt", "AND needs a model that is guided beside the prompt, and Flux is not")
+    elif parameters.guidance_scale <= 1:
+        yield FieldViolation("prompt", f"AND needs a guidance_scale above 1, and it is {parameters.guidance_scale:g}")
+    if parameters.perturbed_attention is not None:
+        yield FieldViolation("perturbed_attention", "it does not go with AND in the prompt; leave one out")
+
+
+def _branch_count(parameters: Parameters) -> int:
+    return parse(parameters.prompt).branch_count if parameters.prompt_syntax == "weighted" else 1
+
+
+# --- the pictures that go in ---
+
+
+@dataclass(frozen=True)
+class _Given:
+    image: Input | None
+    mask: Input | None
+    controls: tuple[Input, ...]
+    prompts: tuple[Input, ...]
+
+
+def _decoded(asked: Asked, settings: Settings) -> _Given:
+    limits = inputs.limits_of(settings)
+    image = inputs.decode_picture(asked.image, limits, "image.content") if asked.image is not None else None
+    mask = None
+    if asked.inpaint is not None and image is not None:
+        mask = inputs.decode_mask(asked.inpaint.mask, limits, "inpaint.mask.content")
+        inputs.check_mask(mask.pixels, image.pixels, inverted=asked.inpaint.inverted)
+    return _Given(
+        image,
+        mask,
+        tuple(
+            inputs.decode_picture(control.image, limits, f"controls[{index}].image.content")
+            for index, control in enumerate(asked.controls)
+        ),
+        tuple(
+            inputs.decode_picture(prompt.image, limits, f"image_prompts[{index}].image.content")
+            for index, prompt in enumerate(asked.image_prompts)
+        ),
+    )
+
+
+def _painted_size(asked: Asked, image: Input | None, model: ModelInfo, settings: Settings) -> tuple[int, int]:
+    """What the caller says; else the picture's own size, as nearly as the model can paint it; else the model's."""
+    default = model.default_width, model.default_height
+    in_detail = asked.inpaint is not None and asked.inpaint.crop_padding_px is not None
+    added = limits_modes.outpainted_sides(asked)
+    if image is not None and not in_detail:
+        own = image.pixels.width + added[0], image.pixels.height + added[1]
+        default = inputs.default_size(own, model.size_multiple, settings.max_side_px, settings.max_pixels)
+    size = _or(asked.width, default[0]), _or(asked.height, default[1])
+    for field, side, sides in zip(("width", "height"), size, added, strict=True):
+        if sides and side <= sides:
+            raise faults.invalid_field(
+                "outpaint", f"{sides} pixels beyond the edges leave none of the {side} of {field} to the picture"
+            )
+    return size
+
+
+def _pixels(given: Input | None) -> Pixels | None:
+    return None if given is None else given.pixels
+
+
+def _strength(asked: Asked) -> float | None:
+    if asked.image is None:
+        return None
+    whole = asked.inpaint is not None or asked.outpaint is not None
+    return _or(asked.strength, 1.0 if whole else limits_modes.STRENGTH)
+
+
+def _inpaint(asked: Asked, mask: Input | None) -> Inpaint | None:
+    wanted = asked.inpaint
+    if wanted is None or mask is None:
+        return None
+    return Inpaint(
+        mask.sha256, _or(wanted.blur_px, 0), wanted.inverted, wanted.crop_padding_px, wanted.fill or "original"
+    )
+
+
+def _outpaint(asked: Asked) -> Outpaint | None:
+    wanted = asked.outpaint
+    if wanted is None:
+        return None
+    return Outpaint(
+        wanted.left_px,
+        wanted.top_px,
+        wanted.right_px,
+        wanted.bottom_px,
+        _or(wanted.blur_px, limits_modes.OUTPAINT_BLUR_PX),
+        wanted.fill or "surroundings",
+    )
+
+
+# --- everything else ---
+
+
+def _scheduler(asked: Asked, model: ModelInfo, settings: Settings, violations: list[FieldViolation]) -> str:
+    """The scheduler's name in the table. Raises NOT_FOUND for one that nobody knows, when all else is well."""
+    wanted = asked.scheduler or model.default_scheduler
+    name = scheduler_table.resolve(wanted, model.schedulers) or wanted
+    if name in model.unfit_schedulers:
+        violations.append(
+            FieldViolation(
+                "scheduler",
+                f"{name} cannot serve {model.name}: {model.unfit_schedulers[name]}; "
+                f"accepted: {', '.join(model.schedulers)}",
+            )
+        )
+    elif name not in model.schedulers:
+        if not violations:
+            raise faults.not_found("scheduler", wanted, model.schedulers, field="scheduler")
+        violations.append(FieldViolation("scheduler", f"one of: {', '.join(sorted(model.schedulers))}"))
+    else:
+        violations += sampling.check(
+            scheduler_table.TABLE.get(name), asked.sampling, settings.max_step_count, step_count=asked.step_count
+        )
+    return name
 
 
 def _prompts(asked: Asked, settings: Settings) -> Iterator[FieldViolation]:
@@ -114,53 +309,52 @@ def _size(asked: Asked, model: ModelInfo, settings: Settings) -> Iterator[FieldV
         )
 
 
-def _steps(asked: Asked, model: ModelInfo, settings: Settings) -> Iterator[FieldViolation]:
-    most = settings.max_step_count
-    if asked.step_count is not None and not 1 <= asked.step_count <= most:
-        yield FieldViolation("step_count", f"{asked.step_count} is out of range; accepted: 1 to {most}")
-    scale = asked.guidance_scale
-    if scale is not None and not (math.isfinite(scale) and 0 <= scale <= settings.max_guidance_scale):
-        yield FieldViolation(
-            "guidance_scale", f"{scale:g} is out of range; accepted: 0 to {settings.max_guidance_scale:g}"
-        )
+def _steps(asked: Asked, settings: Settings) -> Iterator[FieldViolation]:
+    yield from out_of_range("step_count", asked.step_count, 1, settings.max_step_count)
+    yield from out_of_range("guidance_scale", asked.guidance_scale, 0, settings.max_guidance_scale)
+
+
+def _pictures(asked: Asked, settings: Settings) -> Iterator[FieldViolation]:
+    count = 1
+    for field, wanted, most in (
+        ("image_count", asked.image_count, settings.max_image_count),
+        ("batch_count", asked.batch_count, settings.max_batch_count),
+    ):
+        yield from out_of_range(field, wanted, 1, most)
+        count *= min(max(_or(wanted, 1), 1), most)
+    # Picture i has seed + i.
+    yield from out_of_range("seed", asked.seed, 0, SEED_MOST + 1 - count)
+
+
+def _output(asked: Asked) -> Iterator[FieldViolation]:
+    if asked.media_type and asked.media_type not in MEDIA_TYPES:
+        yield FieldViolation("output.media_type", f"one of: {', '.join(MEDIA_TYPES)}")
+    elif asked.quality is not None and asked.media_type in ("", "image/png"):
+        yield FieldViolation("output.quality", "PNG has no quality; leave it unset or take image/jpeg or image/webp")
+    else:
+        yield from out_of_range("output.quality", asked.quality, 1, 100)
+
+
+def _preview(asked: Asked, model: ModelInfo, settings: Settings) -> Iterator[FieldViolation]:
     if asked.preview_interval is not None and asked.preview_interval < 1:
         yield FieldViolation(
             "preview.step_interval",
             f"{asked.preview_interval} is out of range; accepted: 1 or more (set preview.disabled for none)",
         )
-
-
-def _pictures(asked: Asked, settings: Settings) -> Iterator[FieldViolation]:
-    count = _or(asked.image_count, 1)
-    if not 1 <= count <= settings.max_image_count:
-        yield FieldViolation("image_count", f"{count} is out of range; accepted: 1 to {settings.max_image_count}")
-        count = 1
-    most = SEED_MOST + 1 - count  # picture i has seed + i
-    if asked.seed is not None and not 0 <= asked.seed <= most:
-        yield FieldViolation("seed", f"{asked.seed} is out of range; accepted: 0 to {most}")
-
-
-def _output(asked: Asked) -> Iterator[FieldViolation]:
-    media_type = asked.media_type or MEDIA_TYPES[0]
-    if media_type not in MEDIA_TYPES:
-        yield FieldViolation(
-            "output.media_type", f"{media_type[:80]!r} cannot be written; accepted: {', '.join(MEDIA_TYPES)}"
-        )
-    elif asked.quality is not None and media_type == "image/png":
-        yield FieldViolation("output.quality", "PNG has no quality; leave it unset or take image/jpeg or image/webp")
-    elif asked.quality is not None and not 1 <= asked.quality <= 100:
-        yield FieldViolation("output.quality", f"{asked.quality} is out of range; accepted: 1 to 100")
+    if asked.preview_method == "tiny_autoencoder" and not model.has_preview_autoencoder:
+        yield FieldViolation("preview.method", f"{model.name} has no small autoencoder; take PREVIEW_METHOD_LINEAR")
+    yield from out_of_range("preview.max_side_px", asked.preview_max_side_px, 8, settings.preview_max_side_px)
 
 
 def _refuse_what_exif_cannot_hold(job: PaintJob) -> None:
     if job.media_type == "image/png":
         return
-    size = metadata.exif_size(job.parameters_of(job.image_count - 1))
+    size = max(map(metadata.exif_size, job.pictures))
     if size > metadata.EXIF_BYTES_MOST:
         raise faults.invalid_field(
             "prompt",
-            f"with the negative prompt it takes {size} bytes in the file, and {job.media_type} holds "
-            f"{metadata.EXIF_BYTES_MOST}; shorten them or take image/png",
+            f"with the other parameters it takes {size} bytes in the file, and {job.media_type} holds "
+            f"{metadata.EXIF_BYTES_MOST}; shorten it or take image/png",
         )
 
 

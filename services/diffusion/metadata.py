@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from services.diffusion.domain import Parameters
+from services.diffusion.scheduler_table import TABLE
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,42 +27,35 @@ _UNICODE_PREFIX = b"UNICODE\0"
 # An EXIF block fits one JPEG segment of 64 KiB; the rest is for its directories.
 EXIF_BYTES_MOST = 65_000
 
-# What A1111 calls the samplers; others keep our name, which its parsers take as an unknown sampler.
-_SAMPLER_NAMES = {
-    "ddim": "DDIM",
-    "ddpm": "DDPM",
-    "pndm": "PLMS",
-    "euler": "Euler",
-    "euler_karras": "Euler Karras",
-    "euler_ancestral": "Euler a",
-    "heun": "Heun",
-    "dpmpp_2m": "DPM++ 2M",
-    "dpmpp_2m_karras": "DPM++ 2M Karras",
-    "dpmpp_2m_sde": "DPM++ 2M SDE",
-    "dpmpp_2m_sde_karras": "DPM++ 2M SDE Karras",
-    "dpmpp_3m": "DPM++ 3M",
-    "dpmpp_2s": "DPM++ 2S",
-    "unipc": "UniPC",
-    "deis": "DEIS",
-    "kdpm2": "DPM2",
-    "kdpm2_ancestral": "DPM2 a",
-    "lcm": "LCM",
-    "tcd": "TCD",
-    "flow_euler": "Euler",
-}
-
 
 def infotext(parameters: Parameters) -> str:
-    """The A1111-style text: prompt, negative prompt, and one line of settings."""
+    """The A1111-style text: prompt, negative prompt, and one line of settings, under the names its readers know."""
     settings = {
         "Steps": str(parameters.step_count),
-        "Sampler": _SAMPLER_NAMES.get(parameters.scheduler, parameters.scheduler),
+        "Sampler": _sampler_name(parameters.scheduler),
         "CFG scale": f"{parameters.guidance_scale:.9g}",
         "Seed": str(parameters.seed),
         "Size": f"{parameters.width}x{parameters.height}",
         "Model": parameters.model,
     }
-    lines = [parameters.prompt]
+    if parameters.strength is not None:
+        settings["Denoising strength"] = f"{parameters.strength:.9g}"
+    if parameters.clip_skip:
+        settings["Clip skip"] = str(parameters.clip_skip + 1)  # its 1 is our 0: nothing skipped
+    if (variation := parameters.variation) is not None:
+        settings["Variation seed"] = str(variation.seed)
+        settings["Variation seed strength"] = f"{variation.strength:.9g}"
+    if (hires := parameters.hires) is not None:
+        settings["Hires resize"] = f"{hires.width}x{hires.height}"
+        settings["Hires steps"] = str(hires.step_count)
+        settings["Hires upscaler"] = hires.upscaler
+        settings["Denoising strength"] = f"{hires.strength:.9g}"
+    if (refiner := parameters.refiner) is not None:
+        settings["Refiner"] = refiner.model
+        settings["Refiner switch at"] = f"{refiner.switch_at:.9g}"
+    # Where its readers look for LoRAs.
+    tags = "".join(f" <lora:{lora.name}:{lora.weight:.9g}>" for lora in parameters.loras)
+    lines = [(parameters.prompt + tags).strip() if tags else parameters.prompt]
     if parameters.negative_prompt:
         lines.append(f"Negative prompt: {parameters.negative_prompt}")
     lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in settings.items()))
@@ -133,6 +127,12 @@ def read(content: bytes) -> tuple[Parameters, str]:
     if not embedded:
         raise ValueError("the picture carries no parameters of Inkwell")
     return from_json(embedded), text
+
+
+def _sampler_name(scheduler: str) -> str:
+    """What A1111 calls it; our own name for others, which its parsers take as an unknown sampler."""
+    entry = TABLE.get(scheduler)
+    return entry.aliases[0] if entry else scheduler
 
 
 def _quoted(value: str) -> str:

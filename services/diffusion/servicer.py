@@ -1,7 +1,10 @@
 """The gRPC surface of the diffusion service: validate, convert, submit, stream back."""
 
+import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import msgspec
@@ -9,13 +12,14 @@ from prometheus_client import Histogram
 
 from inkwell.diffusion.v1 import diffusion_pb2 as pb
 from inkwell.diffusion.v1 import diffusion_pb2_grpc
-from services.diffusion import converters, limits
-from services.diffusion.domain import EngineInfo, JobUpdate, Painted, PaintJob, PreviewPainted, StepDone
+from services.diffusion import converters, limits, listing, model_converters, preprocessor_table
+from services.diffusion.domain import JobUpdate, ModelInfo, Painted, PaintJob, PreviewPainted, StepDone
+from services.diffusion.models import Models
 from services.diffusion.scheduler_table import TABLE
 from services.diffusion.settings import Settings
 from services.kit.call import label_call, priority_of, time_left
 from services.kit.engine_api import Accepted, Finished, Update
-from services.kit.engine_host import EngineHost, engine_not_ready
+from services.kit.engine_host import EngineHost
 from services.kit.job import Job, Queued
 from services.kit.metrics import Metrics
 
@@ -32,6 +36,7 @@ class DiffusionServicer(diffusion_pb2_grpc.DiffusionServiceServicer):
     def __init__(self, settings: Settings, host: EngineHost, metrics: Metrics) -> None:
         self._settings = settings
         self._host = host
+        self._models = Models(host, settings)
         self._metrics = metrics
         self._step_seconds = Histogram(
             "inkwell_denoise_step_seconds",
@@ -46,26 +51,30 @@ class DiffusionServicer(diffusion_pb2_grpc.DiffusionServiceServicer):
             buckets=_FIRST_BUCKETS,
             registry=metrics.registry,
         )
+        self._decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
 
     async def Generate(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateResponse]:
         arrived = time.monotonic()
         priority, time_left_s = priority_of(context), time_left(context)
-        info = self._info()
-        if info is None:
-            raise engine_not_ready()
-        job = limits.resolve(converters.to_asked(request), info, self._settings)
-        model = info.model(job.parameters.model)
-        assert model is not None, "resolve answers only models of info"
-        label_call(model=model.name, hardware=info.hardware)
+        asked = converters.to_asked(request)
+        model = await self._models.chosen(asked.model)
+        refiner = None
+        if asked.refiner is not None and asked.refiner.model:
+            refiner = await self._models.chosen(asked.refiner.model, field="refiner.model")
+        label_call(model=model.name, hardware=self._models.engine_info().hardware)
+        # On a thread: pictures are decoded, and files of styles and wildcards are read.
+        job = await asyncio.get_running_loop().run_in_executor(
+            self._decoders, limits.resolve, asked, model, self._settings, refiner
+        )
         cost = limits.cost(job, model)
         sequence = 0
         async with self._host.admit(priority=priority, time_left_s=time_left_s, cost=cost) as admitted:
             await context.send_initial_metadata(())
             admitted.start(job)
             first = True
-            async for response in self._responses(admitted, job, info):
+            async for response in self._responses(admitted, job):
                 if first and response.HasField("progress"):
                     self._first_progress_seconds.observe(time.monotonic() - arrived)
                     first = False
@@ -76,35 +85,62 @@ class DiffusionServicer(diffusion_pb2_grpc.DiffusionServiceServicer):
     async def ListModels(
         self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListModelsResponse:
-        default = self._settings.model_of_empty_name
-        info = self._info()
-        if info is None:
-            loading = [converters.to_loading_model(name, is_default=name == default) for name in self._settings.models]
-            return pb.ListModelsResponse(models=loading)
-        return pb.ListModelsResponse(
-            models=[
-                converters.to_model(model, info, ready=self._host.ready, is_default=model.name == default)
-                for model in info.models
-            ]
-        )
+        return model_converters.models(await self._models.listed())
+
+    async def LoadModel(
+        self, request: pb.LoadModelRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.LoadModelResponse]:
+        name = await self._models.known(request.name, field="name")
+        label_call(model=name, hardware="")
+        sequence = 0
+        async with contextlib.aclosing(self._models.load(name)) as course:
+            async for event in course:
+                if not sequence:
+                    # Only now: a refusal that comes without headers may be retried by the client's own policy.
+                    await context.send_initial_metadata(())
+                if isinstance(event, ModelInfo):
+                    response = model_converters.load_result(self._models.loaded(event))
+                else:
+                    response = model_converters.load_progress(event)
+                sequence += 1
+                response.sequence = sequence
+                yield response
+
+    async def UnloadModel(
+        self, request: pb.UnloadModelRequest, context: grpc.aio.ServicerContext
+    ) -> pb.UnloadModelResponse:
+        name = await self._models.known(request.name, field="name")
+        label_call(model=name, hardware="")
+        return pb.UnloadModelResponse(model=model_converters.model(await self._models.unload(name)))
 
     async def ListSchedulers(
         self, request: pb.ListSchedulersRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListSchedulersResponse:
         return pb.ListSchedulersResponse(schedulers=[converters.to_scheduler(entry) for entry in TABLE.values()])
 
-    async def _responses(self, admitted: Job, job: PaintJob, info: EngineInfo) -> AsyncIterator[pb.GenerateResponse]:
+    async def ListAdapters(
+        self, request: pb.ListAdaptersRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListAdaptersResponse:
+        return await asyncio.to_thread(listing.list_adapters, self._settings)
+
+    async def ListControls(
+        self, request: pb.ListControlsRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListControlsResponse:
+        preprocessors = preprocessor_table.descriptions(self._settings)
+        return await asyncio.to_thread(listing.list_controls, self._settings, preprocessors)
+
+    async def _responses(self, admitted: Job, job: PaintJob) -> AsyncIterator[pb.GenerateResponse]:
         model = job.parameters.model
         async for event in admitted:
             match event:
                 case Queued(position):
                     yield converters.to_queued(position)
                 case Accepted():
-                    yield converters.to_started(info, model)
+                    yield converters.to_started(self._models.engine_info(), model)
                 case Update(payload=payload):
                     match _updates.decode(payload):
                         case StepDone() as done:
-                            each_s = done.compute_s / job.image_count
+                            each_s = done.compute_s / job.batch_size
                             self._step_seconds.labels(self._metrics.model_label(model)).observe(each_s)
                             yield converters.to_progress(done)
                         case PreviewPainted() as painted:
@@ -113,7 +149,3 @@ class DiffusionServicer(diffusion_pb2_grpc.DiffusionServiceServicer):
                     yield converters.to_result(
                         _results.decode(payload), job, queue_ms=admitted.queue_ms, engine_ms=admitted.engine_ms
                     )
-
-    def _info(self) -> EngineInfo | None:
-        raw = self._host.info
-        return None if raw is None else msgspec.msgpack.decode(raw, type=EngineInfo)

@@ -122,7 +122,7 @@ class Settings(ServiceSettings):
     controls: dict[str, ControlSettings] = Field(
         default_factory=_embedded_controls, description="ControlNets and T2I-Adapters, as JSON: name to row"
     )
-    preprocessor_models: dict[str, str] = Field(
+    preprocessor_models: dict[Literal["depth"], str] = Field(
         default_factory=dict,
         description='models of the preprocessors that need one, as JSON: {"depth": folder of a transformers depth'
         " estimation model}; the others need none",
@@ -177,6 +177,12 @@ class Settings(ServiceSettings):
                     f"models.{name}.default_guidance_scale: above max_guidance_scale ({self.max_guidance_scale:g})"
                 )
         return self
+
+    @property
+    def names_at_start(self) -> list[str]:
+        """The models loaded before the service is ready, the default one first: later ones may find no room."""
+        names = list(self.models) if self.load_at_start is None else self.load_at_start
+        return sorted(dict.fromkeys(names), key=lambda name: name != self.model_of_empty_name)
 
     @property
     def model_of_empty_name(self) -> str:

@@ -20,7 +20,7 @@ from PIL import Image
 from inkwell.common.v1 import common_pb2
 from inkwell.diffusion.v1 import diffusion_pb2 as pb
 from inkwell.diffusion.v1 import diffusion_pb2_grpc
-from services.diffusion import metadata
+from services.diffusion import converters, metadata
 from services.diffusion.__main__ import build
 from services.diffusion.scheduler_table import TABLE
 from services.diffusion.settings import ModelSettings, Settings
@@ -28,6 +28,8 @@ from services.kit.server import ServiceServer
 from tests.support import tiny_diffusion
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+EVERY_STEP = pb.PreviewOptions(step_interval=1)
 
 
 @dataclass
@@ -105,12 +107,15 @@ async def refusal(service: Service, **fields: Any) -> tuple[grpc.StatusCode, dic
 
 class TestGenerate:
     async def test_tells_how_it_goes_and_ends_with_the_picture(self, service: Service) -> None:
-        said = await events(service.stub.Generate(request(image_count=2, width=40)))
+        said = await events(service.stub.Generate(request(image_count=2, width=40, preview=EVERY_STEP)))
         assert [response.sequence for response in said] == list(range(1, len(said) + 1))
         kinds = [response.WhichOneof("event") for response in said]
         assert kinds[-1] == "result"
         assert kinds.count("result") == kinds.count("started") == 1
-        assert [kind for kind in kinds if kind in ("progress", "preview")] == ["progress", "preview"] * 5
+        assert [kind for kind in kinds if kind in ("progress", "preview")] == [
+            *["progress", "preview"] * 4,
+            "progress",  # the result follows
+        ]
         assert kinds.index("started") < kinds.index("progress")
         assert [response.progress.step for response in said if response.HasField("progress")] == [1, 2, 3, 4, 5]
         assert {response.progress.step_count for response in said if response.HasField("progress")} == {5}
@@ -136,15 +141,11 @@ class TestGenerate:
                 guidance_scale=7.1,
                 scheduler="ddim",
                 seed=7 + i,
+                prompt_syntax=pb.PROMPT_SYNTAX_WEIGHTED,
             )
             embedded, text = metadata.read(painted.image.content)
             assert embedded.guidance_scale == 7.1
-            expected = {
-                field.name: getattr(painted.parameters, field.name)
-                for field in pb.GenerationParameters.DESCRIPTOR.fields
-            }
-            expected["guidance_scale"] = 7.1
-            assert {name: getattr(embedded, name) for name in embedded.__struct_fields__} == expected
+            assert converters.to_parameters(embedded) == painted.parameters
             assert text.splitlines()[-1] == (
                 f"Steps: 5, Sampler: DDIM, CFG scale: 7.1, Seed: {7 + i}, Size: 32x32, Model: small"
             )
@@ -154,7 +155,7 @@ class TestGenerate:
         known = first.parameters
         again = await paint(
             service,
-            **{field.name: getattr(known, field.name) for field in known.DESCRIPTOR.fields},
+            **{field.name: value for field, value in known.ListFields()},
         )
         assert again.images[0].image.content == first.image.content
 
@@ -176,11 +177,17 @@ class TestGenerate:
         assert [response.preview.step for response in some if response.HasField("preview")] == [2, 4]
         none = await events(service.stub.Generate(request(preview=pb.PreviewOptions(disabled=True))))
         assert not any(response.HasField("preview") for response in none)
-        never = await events(service.stub.Generate(request(model="other", step_count=2)))
-        assert not any(response.HasField("preview") for response in never)
+        linear = pb.PreviewOptions(step_interval=1, method=pb.PREVIEW_METHOD_LINEAR, max_side_px=16)
+        small = await events(service.stub.Generate(request(model="other", step_count=2, preview=linear)))
+        (preview,) = (response.preview for response in small if response.HasField("preview"))
+        assert Image.open(io.BytesIO(preview.images[0].content)).size == (16, 16)
+
+    async def test_previews_are_few_when_nobody_says_how_often(self, service: Service) -> None:
+        said = await events(service.stub.Generate(request(step_count=40)))
+        assert sum(response.HasField("preview") for response in said) < 20
 
     async def test_warns_of_what_the_model_could_not_take_in(self, service: Service) -> None:
-        result = await paint(service, prompt="abcdefghijklmnopq", step_count=1)
+        result = await paint(service, prompt="abcdefghijklmnopq", step_count=1, prompt_syntax=pb.PROMPT_SYNTAX_PLAIN)
         assert list(result.warnings) == ["prompt: the model takes in 14 tokens; it did not see the end: 'opq'"]
 
     async def test_calls_over_the_limit_wait_and_hear_their_position(self, service: Service) -> None:
@@ -237,7 +244,12 @@ class TestLists:
     async def test_models(self, service: Service) -> None:
         small, other = (await service.stub.ListModels(pb.ListModelsRequest())).models
         assert small.parameter_count > 100_000
-        small.parameter_count = 0
+        assert small.file_bytes > 100_000
+        assert small.memory_bytes >= small.parameter_count * 4
+        assert {"image", "inpaint", "controls", "loras", "hires"} <= set(small.features)
+        assert {"ddim", "euler"} <= set(small.schedulers)
+        for field in ("parameter_count", "file_bytes", "memory_bytes", "features", "schedulers"):
+            small.ClearField(field)
         assert small == pb.Model(
             name="small",
             state=common_pb2.MODEL_STATE_READY,
@@ -264,10 +276,11 @@ class TestLists:
 
     async def test_each_scheduler_of_the_list_paints_or_is_refused_by_name(self, service: Service) -> None:
         for scheduler in (await service.stub.ListSchedulers(pb.ListSchedulersRequest())).schedulers:
-            if TABLE[scheduler.name].flow:
+            family = {"flow": "flow matching", "edm": "EDM"}.get(TABLE[scheduler.name].family)
+            if family is not None:
                 code, violations, _ = await refusal(service, scheduler=scheduler.name)
                 assert code is grpc.StatusCode.INVALID_ARGUMENT
-                assert "flow matching" in violations["scheduler"]
+                assert family in violations["scheduler"]
             else:
                 result = await paint(service, scheduler=scheduler.name, step_count=2)
                 assert result.images[0].parameters.scheduler == scheduler.name
@@ -339,10 +352,13 @@ class TestBadInput:
     async def test_a_prompt_that_a_jpeg_cannot_carry(self, service: Service) -> None:
         emoji = "\N{PARTY POPPER}" * 2048
         jpeg = pb.OutputOptions(media_type="image/jpeg")
-        code, violations, _ = await refusal(service, prompt=emoji, negative_prompt=emoji, output=jpeg)
+        plain = pb.PROMPT_SYNTAX_PLAIN
+        code, violations, _ = await refusal(
+            service, prompt=emoji, negative_prompt=emoji, output=jpeg, prompt_syntax=plain
+        )
         assert code is grpc.StatusCode.INVALID_ARGUMENT
         assert "take image/png" in violations["prompt"]
-        result = await paint(service, prompt=emoji, negative_prompt=emoji, step_count=1)
+        result = await paint(service, prompt=emoji, negative_prompt=emoji, step_count=1, prompt_syntax=plain)
         assert metadata.read(result.images[0].image.content)[0].prompt == emoji
 
     async def test_the_service_goes_on(self, service: Service) -> None:
@@ -398,7 +414,7 @@ async def test_before_the_engine_is_ready_models_are_loading_and_calls_refused()
 
 
 async def test_the_front_process_holds_no_model() -> None:
-    heavy = "torch transformers diffusers numpy PIL"
+    heavy = "torch transformers diffusers numpy cv2"
     code = f"import sys, services.diffusion.__main__; print([m for m in '{heavy}'.split() if m in sys.modules])"
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=subprocess.PIPE)
     printed, _ = await process.communicate()

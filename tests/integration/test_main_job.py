@@ -115,11 +115,11 @@ def test_a_model_that_serves_is_loaded_at_once(client: inkwell.Client) -> None:
 
 
 def test_a_picture_is_painted_with_live_progress(client: inkwell.Client) -> None:
-    events = list(client.paint_stream("grinning face", seed=7, steps=6, previews=True))
+    events = list(client.paint_stream("grinning face", seed=7, steps=6, preview_interval=1))
     steps = [event.step for event in events if isinstance(event, inkwell.Progress)]
     previews = [event for event in events if isinstance(event, inkwell.Preview)]
     assert steps == list(range(1, 7))
-    assert len(previews) == 6
+    assert len(previews) == 5, "after the last step comes the result itself"
     result = events[-1]
     assert isinstance(result, inkwell.PaintResult)
     picture = Image.open(io.BytesIO(result.pictures[0].content))

@@ -1,82 +1,41 @@
-"""One call inside the engine: its pictures, each in a lane of its own, kept in step with each other."""
+"""One call inside the engine: its pictures, each in a lane of its own, a batch of them kept in step with each other."""
 
 import time
-from typing import Any
+from collections.abc import Callable
 
-import torch
-
-from services.diffusion import metadata
 from services.diffusion.domain import Painted, PaintJob, Parameters, PreviewPainted, StepDone
-from services.diffusion.engine import lanes, previews
 from services.diffusion.engine.models import LoadedModel
+from services.diffusion.engine.picture import Picture, step_count
+from services.diffusion.engine.previews import PreviewBudget
 from services.diffusion.settings import Settings
-from services.kit.faults import Fault, FaultData, Kind
-
-
-class Picture:
-    """One picture on its way: the pipeline's own call for it, inside a lane."""
-
-    def __init__(self, model: LoadedModel, parameters: Parameters, job: PaintJob) -> None:
-        self._parameters = parameters
-        self._job = job
-        self._pipeline = model.lane_pipeline(parameters.scheduler, parameters.step_count)
-        self._known = model.call_parameters
-        self.prediction = previews.Prediction(self._pipeline.scheduler)
-        self.step = 0
-        self.latents = torch.empty(0)  # as the last step left them
-        self.lane = lanes.Lane(self._paint)
-
-    def _paint(self) -> bytes:
-        parameters = self._parameters
-        arguments: dict[str, Any] = {
-            "prompt": parameters.prompt,
-            "negative_prompt": parameters.negative_prompt or None,
-            "width": parameters.width,
-            "height": parameters.height,
-            "num_inference_steps": parameters.step_count,
-            "guidance_scale": parameters.guidance_scale,
-            # Drawn on the CPU whatever the hardware, so that a seed means the same noise everywhere.
-            "generator": torch.Generator("cpu").manual_seed(parameters.seed),
-            "output_type": "pt",
-            "callback_on_step_end": self._on_step_end,
-        }
-        output = self._pipeline(**{key: value for key, value in arguments.items() if key in self._known})
-        if any(getattr(output, "nsfw_content_detected", None) or ()):
-            raise _spoilt("PICTURE_WITHHELD", "the model's own safety checker withheld the picture", parameters)
-        pixels = output.images
-        if not bool(torch.isfinite(pixels).all()):
-            raise _spoilt("PICTURE_NOT_FINITE", "decoding gave values that are not numbers", parameters)
-        if not bool(pixels.any()):
-            raise _spoilt("PICTURE_BLACK", "every pixel came out black, the sign of a numeric failure", parameters)
-        image = previews.to_image(pixels)
-        return metadata.encode(image, parameters, self._job.media_type, self._job.quality)
-
-    def _on_step_end(self, pipeline: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        if not bool(torch.isfinite(tensors["latents"]).all()):
-            raise _spoilt(
-                "PICTURE_NOT_FINITE",
-                f"the latents are not numbers any more after step {self.step + 1}",
-                self._parameters,
-            )
-        self.latents = tensors["latents"]
-        # Second-order schedulers evaluate the model twice a step, so count in proportion.
-        count = len(pipeline.scheduler.timesteps)
-        self.step = (index + 1) * self._parameters.step_count // count
-        if index + 1 == count:
-            lanes.pause()  # decoding is a turn of its own, so that a cancellation need not wait for it
-        return {}
 
 
 class Call:
-    """The pictures of one call. They do each step together, so that progress and previews mean all of them."""
+    """The pictures of one call. Those of a batch do each step together, so that progress and previews mean all of them.
 
-    def __init__(self, job: PaintJob, model: LoadedModel, settings: Settings) -> None:
+    open_picture: makes a picture ready to be painted; raises Fault for one that cannot be.
+    """
+
+    def __init__(
+        self, job: PaintJob, model: LoadedModel, open_picture: Callable[[Parameters], Picture], settings: Settings
+    ) -> None:
         self.job = job
         self.model = model
+        self._open = open_picture
         self._settings = settings
-        self._pictures = [Picture(model, job.parameters_of(i), job) for i in range(job.image_count)]
+        self._waiting = list(job.pictures)
+        self._steps_a_batch = step_count(job.parameters)
+        self._step_count = self._steps_a_batch * (len(job.pictures) // job.batch_size)
+        self._budget = PreviewBudget(job.preview.interval, self._step_count)
+        self._batch: list[Picture] = []
+        self._next_batch()
+        self._painted: list[bytes] = []
+        self._control_images: tuple[bytes, ...] = ()
+        self._repaired = False
+        self._evaluations = 0
         self._began: float | None = None
         self._reported_step = 0
+        self._steps_before = 0
         self._compute_s = 0.0
 
     @property
@@ -87,7 +46,7 @@ class Call:
     @property
     def evaluations(self) -> int:
         """Denoiser evaluations so far, all pictures together."""
-        return sum(picture.lane.evaluations for picture in self._pictures)
+        return self._evaluations + sum(picture.lane.evaluations for picture in self._batch)
 
     def turn(self) -> list[StepDone | PreviewPainted | Painted]:
         """One turn for the picture that is furthest behind; answers what came of it, Painted last of all.
@@ -97,66 +56,89 @@ class Call:
         began = time.monotonic()
         if self._began is None:
             self._began = began
-        behind = min((p.lane for p in self._pictures if not p.lane.finished), key=lambda lane: lane.turns)
+        behind = min(
+            (picture for picture in self._batch if not picture.lane.finished), key=lambda picture: picture.lane.turns
+        )
         behind.advance()
         self._compute_s += time.monotonic() - began
         said: list[StepDone | PreviewPainted | Painted] = []
-        step = min(picture.step for picture in self._pictures)
+        step = self._steps_before + min(picture.step for picture in self._batch)
         if step > self._reported_step:
-            said.append(self._report(step))
-            interval = self.job.preview_interval
-            if self.model.preview is not None and interval and step // interval > self._reported_step // interval:
-                said.append(self._preview(step))
             self._reported_step = step
-        if all(picture.lane.finished for picture in self._pictures):
-            said.append(Painted(tuple(picture.lane.result for picture in self._pictures), tuple(self._warnings())))
+            self._budget.note_steps(self._compute_s)
+            said.append(self._report(step))
+            said += self._preview(step)
+        if all(picture.lane.finished for picture in self._batch):
+            self._end_batch()
+            if not self._waiting:
+                said.append(Painted(tuple(self._painted), tuple(self._warnings()), self._control_images))
+            else:
+                self._next_batch()
         return said
 
     def stop(self) -> None:
         """End every lane; no denoiser call of this job runs after this."""
-        for picture in self._pictures:
-            picture.lane.stop()
+        for picture in self._batch:
+            picture.stop()
+
+    def _next_batch(self) -> None:
+        size = self.job.batch_size
+        self._batch = [self._open(parameters) for parameters in self._waiting[:size]]
+        del self._waiting[:size]
+
+    def _end_batch(self) -> None:
+        self._steps_before += self._steps_a_batch
+        for picture in self._batch:
+            self._painted.append(picture.lane.result)
+            self._evaluations += picture.lane.evaluations
+            self._repaired |= picture.repaired
+            picture.stop()
+        self._control_images = self._batch[0].control_images()
+        self._batch = []
 
     def _report(self, step: int) -> StepDone:
         assert self._began is not None
-        count = self.job.parameters.step_count
         elapsed_s = time.monotonic() - self._began
         compute_s, self._compute_s = self._compute_s, 0.0
-        return StepDone(step, count, eta_ms=round(elapsed_s / step * (count - step) * 1000), compute_s=compute_s)
+        left = self._step_count - step
+        return StepDone(step, self._step_count, eta_ms=round(elapsed_s / step * left * 1000), compute_s=compute_s)
 
-    def _preview(self, step: int) -> PreviewPainted:
+    def _preview(self, step: int) -> list[PreviewPainted]:
+        plan, previews = self.job.preview, self.model.previews
+        parameters = self.job.parameters
+        expected_s = previews.expected_s(plan.method, parameters.width, parameters.height)
+        if not self._budget.due(step, None if expected_s is None else expected_s * len(self._batch)):
+            return []
+        began = time.monotonic()
         images = []
-        for picture in self._pictures:
-            latents = picture.prediction.clean_latents()
-            if latents is None:
-                latents = picture.latents
-            images.append(
-                previews.paint(
-                    self.model.preview,
-                    latents,
-                    most_side=self._settings.preview_max_side_px,
-                    quality=self._settings.preview_quality,
+        for picture in self._batch:
+            latents = picture.preview_latents()
+            if latents is not None:
+                images.append(
+                    previews.paint(
+                        latents,
+                        plan.method,
+                        max_side_px=plan.max_side_px,
+                        quality=self._settings.preview_quality,
+                    )
                 )
-            )
-        return PreviewPainted(step, tuple(images))
+        self._budget.note_previews(time.monotonic() - began)
+        # Between two passes of a picture there is nothing to show.
+        return [PreviewPainted(step, tuple(images))] if len(images) == len(self._batch) else []
 
     def _warnings(self) -> list[str]:
         parameters = self.job.parameters
-        warnings = []
-        for field in ("prompt", "negative_prompt"):
-            if cut := self.model.cut_off(getattr(parameters, field)):
-                limit = self.model.info.prompt_token_limit
-                warnings.append(f"{field}: the model takes in {limit} tokens; it did not see the end: {cut!r}")
-        if parameters.negative_prompt and parameters.guidance_scale <= 1:
+        warnings = self.model.conditioner.cut_off(parameters)
+        if parameters.negative_prompt and (parameters.guidance_scale <= 1 or self.model.info.family == "flux"):
+            why = (
+                "on this kind of model"
+                if self.model.info.family == "flux"
+                else f"at guidance_scale {parameters.guidance_scale:g}; use more than 1"
+            )
+            warnings.append(f"negative_prompt: it has no effect {why}")
+        if self._repaired:
             warnings.append(
-                f"negative_prompt: it has no effect at guidance_scale {parameters.guidance_scale:g}; use more than 1"
+                f"vae: decoding in {self.model.info.dtype} gave values that are not numbers and was done again in"
+                " float32; set vae.upcast to do so at once"
             )
         return warnings
-
-
-def _spoilt(reason: str, what: str, parameters: Parameters) -> Fault:
-    message = (
-        f"{what} (seed {parameters.seed}, scheduler {parameters.scheduler}, guidance_scale "
-        f"{parameters.guidance_scale:g}); the same request will fail again: change one of these"
-    )
-    return Fault(FaultData(Kind.INTERNAL, reason, message, metadata={"seed": str(parameters.seed)}))

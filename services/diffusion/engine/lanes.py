@@ -19,21 +19,35 @@ class LaneStopped(BaseException):
     """Thrown into a lane to end it. Not an Exception: no pipeline may catch it as a failure to recover from."""
 
 
+# Runs a denoiser call in a picture's own way: what it is called with, and what stands around it.
+Around = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+
+def _as_it_is(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return forward(*args, **kwargs)
+
+
 class Evaluation:
     """A denoiser call that waits to be run."""
 
-    def __init__(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], around: Around
+    ) -> None:
         self._forward = forward
         self._args = args
         self._kwargs = kwargs
+        self._around = around
 
     def run(self) -> Any:
         """Run it, on the calling greenlet; answers what the denoiser answers."""
-        return self._forward(*self._args, **self._kwargs)
+        return self._around(self._forward, self._args, self._kwargs)
 
 
 class LaneGreenlet(greenlet):  # type: ignore[misc]
-    """Marks a greenlet as a lane, so that the denoiser knows whom it serves."""
+    """Marks a greenlet as a lane, so that denoiser and VAE know whom they serve."""
+
+    around: Around
+    decoding: Any
 
 
 def open_gate(denoiser: nn.Module) -> None:
@@ -45,9 +59,15 @@ def open_gate(denoiser: nn.Module) -> None:
         lane = getcurrent()
         if not isinstance(lane, LaneGreenlet):
             return forward(*args, **kwargs)
-        return lane.parent.switch(Evaluation(forward, args, kwargs))
+        return lane.parent.switch(Evaluation(forward, args, kwargs, lane.around))
 
     denoiser.forward = gated
+
+
+def current_decoding() -> Any:
+    """The `Decoding` of the lane that this is called in; None outside of lanes."""
+    lane = getcurrent()
+    return lane.decoding if isinstance(lane, LaneGreenlet) else None
 
 
 def pause() -> None:
@@ -60,11 +80,15 @@ def pause() -> None:
 class Lane:
     """One picture's way through a pipeline.
 
-    run: paints the picture; it is called inside the lane. Must be made and advanced on the engine's main greenlet.
+    run: paints the picture; it is called inside the lane. around: what stands around its denoiser's calls, on the
+    engine's main greenlet. decoding: how its latents are decoded (engine/decoding.py). Must be made and advanced on the
+    engine's main greenlet.
     """
 
-    def __init__(self, run: Callable[[], Any]) -> None:
+    def __init__(self, run: Callable[[], Any], *, around: Around = _as_it_is, decoding: Any = None) -> None:
         self._greenlet = LaneGreenlet(run)
+        self._greenlet.around = around
+        self._greenlet.decoding = decoding
         self._waiting: Evaluation | None = None
         self.turns = 0
         self.evaluations = 0

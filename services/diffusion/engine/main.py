@@ -2,31 +2,52 @@
 
 import logging
 from collections import deque
+from collections.abc import Callable
+from weakref import WeakKeyDictionary, WeakSet
 
 import diffusers
 import msgspec
 import torch
 import transformers
 
-from services.diffusion.domain import EngineInfo, Painted, PaintJob, Parameters
+from services.diffusion.domain import (
+    EngineInfo,
+    LoadJob,
+    Painted,
+    PaintJob,
+    Parameters,
+    PreviewPlan,
+    UnloadJob,
+    Work,
+)
+from services.diffusion.engine import preprocessors
+from services.diffusion.engine.adapters import Adapters, Held
 from services.diffusion.engine.calls import Call
+from services.diffusion.engine.layers import Layers
 from services.diffusion.engine.models import LoadedModel, choose_dtype
-from services.diffusion.settings import Settings
+from services.diffusion.engine.picture import Picture
+from services.diffusion.engine.shelf import Shelf
+from services.diffusion.engine.sources import ModelError
+from services.diffusion.settings import MEMORY_SHARE, Settings
 from services.kit import faults
-from services.kit.engine_api import Accepted, Cancelled, Failed, Finished, JobEvent, Raw, Update
+from services.kit.engine_api import Accepted, Cancelled, EngineEvent, Failed, Finished, Raw, Update
 from services.kit.faults import Fault
-from services.runtimes.hardware import detect
+from services.runtimes.hardware import detect, free_memory
 
 log = logging.getLogger(__name__)
 
+_work: msgspec.msgpack.Decoder[Work] = msgspec.msgpack.Decoder(Work)
+
 
 def create_engine(settings_json: str) -> "DiffusionEngine":
-    """Load and warm the models of the table. Raises ModelError for one that cannot be served."""
+    """Load and warm the models that are wanted at the start. Raises ModelError for one that cannot be served."""
     return DiffusionEngine(Settings.model_validate_json(settings_json))
 
 
 class DiffusionEngine:
-    """Implements services.kit.engine_api.Engine on diffusers pipelines.
+    """Implements services.kit.engine_api.BackgroundEngine on diffusers pipelines.
+
+    shelf: the models in memory.
 
     Every picture's denoiser evaluations keep the shape that they have when the picture is painted alone, which makes
     its bytes independent of whoever is painted in between (docs/decisions/0003-exact-bytes.md).
@@ -45,34 +66,41 @@ class DiffusionEngine:
         transformers.utils.logging.disable_progress_bar()
         hardware = detect()
         dtype = choose_dtype(settings.dtype, hardware)
-        self._models = {name: LoadedModel(name, row, hardware, dtype) for name, row in settings.models.items()}
-        self._info = EngineInfo(
-            hardware.label, f"torch {torch.__version__}", tuple(model.info for model in self._models.values())
-        )
+        limit = settings.memory_limit_bytes or int(MEMORY_SHARE * free_memory(hardware.device))
+        self.shelf = Shelf(settings, hardware, dtype, limit, self._warm)
         # The next one to have a turn stands first.
         self._turns: deque[str] = deque()
         self._calls: dict[str, Call] = {}
-        self._unsaid: list[JobEvent] = []
-        for model in self._models.values():
-            self._warm(model)
+        self._adapters: WeakKeyDictionary[LoadedModel, Adapters] = WeakKeyDictionary()
+        self._held: WeakSet[Held] = WeakSet()  # by all pictures under way
+        self._preprocessor_models = preprocessors.Models(settings, torch.device(hardware.device))
+        self._unsaid: list[EngineEvent] = []
+        self.shelf.load_at_start()
+
+    def on_wake(self, wake: Callable[[], None]) -> None:
+        """`wake` is called when a model that is being loaded has come a step further."""
+        self.shelf.wake = wake
 
     def info(self) -> EngineInfo:
         """The loaded models and the hardware they run on."""
-        return self._info
+        return self.shelf.info()
 
     @property
     def busy(self) -> bool:
-        """True while there are calls to paint or events to tell."""
-        return bool(self._calls or self._unsaid)
+        """True while there are calls to paint or events to tell; loading is no work of this thread."""
+        return bool(self._calls or self._unsaid) or self.shelf.busy
 
     def submit(self, job: str, payload: Raw) -> None:
-        """Take in a PaintJob. Raises Fault for a model that is not loaded."""
-        request = msgspec.msgpack.decode(payload, type=PaintJob)
-        model = self._models.get(request.parameters.model)
-        if model is None:
-            raise faults.not_found("model", request.parameters.model, self._models, field="model")
-        self._calls[job] = Call(request, model, self._settings)
-        self._turns.append(job)
+        """Take in a Work. Raises Fault for a model that is not known."""
+        match _work.decode(payload):
+            case PaintJob() as work:
+                models = self.shelf.take(job, work)
+                if models is not None:
+                    self._begin(job, work, models)
+            case LoadJob() as work:
+                self.shelf.load(job, work)
+            case UnloadJob() as work:
+                self.shelf.unload(job, work)
 
     def cancel(self, job: str) -> None:
         """Stop a job where it stands; no evaluation of its denoiser runs after this."""
@@ -81,10 +109,19 @@ class DiffusionEngine:
             call.stop()
             self._forget(job)
             self._unsaid.append(Cancelled(job))
+        elif self.shelf.cancel(job):
+            self._unsaid.append(Cancelled(job))
 
-    def step(self) -> list[JobEvent]:
+    def step(self) -> list[EngineEvent]:
         """One turn for the next call: at most one denoiser evaluation, or the decoding of one picture."""
-        events, self._unsaid = self._unsaid, []
+        self.shelf.advance()
+        events = [*self.shelf.take_events(), *self._unsaid]
+        self._unsaid = []
+        for job, work, models in self.shelf.arrived():
+            try:
+                self._begin(job, work, models)
+            except Fault as fault:
+                events.append(Failed(job, fault.data))
         if not self._turns:
             return events
         job = self._turns[0]
@@ -117,6 +154,42 @@ class DiffusionEngine:
         """Denoiser evaluations that a job under way has had."""
         return self._calls[job].evaluations
 
+    def _begin(self, job: str, work: PaintJob, models: dict[str, LoadedModel]) -> None:
+        """Let a call whose models are there have turns. Raises Fault for one that they cannot serve."""
+        try:
+            self._calls[job] = self._open(work, models, self._held)
+        except BaseException:
+            self.shelf.release(job)
+            raise
+        self._turns.append(job)
+
+    def _open(self, work: PaintJob, models: dict[str, LoadedModel], held: WeakSet[Held]) -> Call:
+        """The call, its first batch ready to be painted. held: by the pictures under way. Raises Fault."""
+        model = models[work.parameters.model]
+        refiner = work.parameters.refiner
+        takes_over = models[refiner.model] if refiner is not None else None
+
+        def open_picture(parameters: Parameters) -> Picture:
+            layers = Layers(
+                model,
+                self._adapters_of(model),
+                takes_over,
+                parameters,
+                work,
+                self._preprocessor_models,
+                under_way=list(held),
+            )
+            held.add(layers.held)
+            return Picture(model, takes_over, parameters, work, layers)
+
+        return Call(work, model, open_picture, self._settings)
+
+    def _adapters_of(self, model: LoadedModel) -> Adapters:
+        adapters = self._adapters.get(model)
+        if adapters is None:
+            adapters = self._adapters[model] = Adapters(model, self._settings)
+        return adapters
+
     def _failed(self, job: str, call: Call, fault: Fault) -> Failed:
         call.stop()
         self._forget(job)
@@ -125,10 +198,16 @@ class DiffusionEngine:
     def _forget(self, job: str) -> None:
         del self._calls[job]
         self._turns.remove(job)
+        self.shelf.release(job)
 
     def _warm(self, model: LoadedModel) -> None:
-        """Paint one step, so that the first caller does not wait for lazy initialization, and a broken model shows."""
+        """Paint one step, so that the first caller does not wait for lazy initialization, and a broken model shows.
+
+        May run on any thread while others paint. Raises ModelError for a model that cannot paint.
+        """
         info = model.info
+        if "text" not in info.features:
+            return  # it only finishes what another begins
         parameters = Parameters(
             model=info.name,
             prompt="warm-up",
@@ -140,14 +219,20 @@ class DiffusionEngine:
             scheduler=info.default_scheduler,
             seed=0,
         )
-        job = PaintJob(parameters, image_count=1, media_type="image/png", quality=95, preview_interval=1)
-        call = Call(job, model, self._settings)
+        job = PaintJob((parameters,), batch_size=1, media_type="image/png", quality=95, preview=PreviewPlan(interval=1))
+        call = self._open(job, {info.name: model}, WeakSet())  # the model is nobody's yet
         try:
             while not any(isinstance(item, Painted) for item in call.turn()):
                 pass
         except Fault as fault:
             # One step of a model that wants many may well come out black; its callers will be told.
             log.warning("warm-up of model %s: %s", info.name, fault.data.message)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # parts that load each by itself need not fit each other
+            raise ModelError(f"model {info.name}: it fails on a first picture: {error}") from error
+        finally:
+            call.stop()
 
 
 def _raw(payload: msgspec.Struct) -> Raw:

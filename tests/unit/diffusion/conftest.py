@@ -84,6 +84,7 @@ def paint_job(
     **more: Any,
 ) -> PaintJob:
     """more: other fields of Parameters."""
+    more.setdefault("prompt_syntax", "weighted")
     pictures = tuple(
         Parameters(
             model=model,

@@ -51,6 +51,7 @@ def _quiet(pipeline: Any) -> Any:
 
 
 def parameters(prompt: str, negative_prompt: str = "", *, guidance: float = 3.0, **fields: Any) -> Parameters:
+    fields.setdefault("prompt_syntax", "weighted")
     return Parameters("m", prompt, negative_prompt, 64, 64, STEPS, guidance, "ddim", 7, **fields)
 
 

@@ -31,7 +31,7 @@ def denoiser_answering(engine: DiffusionEngine, model: str, answer: Any) -> Iter
         rows.append(output[0].shape[0])
         return answer(output)
 
-    handle = engine._models[model].denoiser.register_forward_hook(hook)
+    handle = engine.shelf.model(model).denoiser.register_forward_hook(hook)
     # The hook runs where the pipeline calls the module: inside the lane, after the engine's evaluation.
     try:
         yield rows
@@ -121,7 +121,7 @@ class TestCancel:
 
     def test_before_decoding(self, driver: Driver) -> None:
         decoded: list[int] = []
-        vae = driver.engine._models["zero-snr"].pipeline.vae
+        vae = driver.engine.shelf.model("zero-snr").pipeline.vae
         handle = vae.post_quant_conv.register_forward_hook(lambda *_: decoded.append(1))
         try:
             driver.submit("job", paint_job(step_count=3))
@@ -209,11 +209,9 @@ class TestFlowMatchingTransformers:
     def test_say_what_they_take(self, driver: Driver) -> None:
         info = driver.engine.info().model("flow")
         assert info is not None
-        assert (info.pipeline, info.schedulers, info.default_scheduler) == (
-            "StableDiffusion3Pipeline",
-            ("flow_euler",),
-            "flow_euler",
-        )
+        assert (info.pipeline, info.default_scheduler) == ("StableDiffusion3Pipeline", "flow_euler")
+        assert info.schedulers
+        assert all(name.startswith("flow_") for name in info.schedulers)
         assert (info.default_width, info.size_multiple, info.prompt_token_limit) == (32, 16, 14)
 
     def test_take_every_multiple_they_name(self, driver: Driver) -> None:
@@ -249,17 +247,25 @@ class TestReports:
         job = paint_job(scheduler="dpmpp_2m_sde")
         assert driver.paint(paint_job(scheduler="dpmpp_2m_sde", preview_interval=1)) == driver.paint(job)
 
-    def test_a_model_without_preview_autoencoder_makes_none(self, driver: Driver) -> None:
+    def test_a_model_without_preview_autoencoder_paints_them_by_a_linear_map(self, driver: Driver) -> None:
         driver.submit("job", paint_job(model="plain", preview_interval=1))
         driver.finish()
-        assert all(isinstance(update, StepDone) for update in driver.updates("job"))
+        previews = [update for update in driver.updates("job") if isinstance(update, PreviewPainted)]
+        assert [preview.step for preview in previews] == [1, 2, 3], "the result follows the last step"
+        assert Image.open(io.BytesIO(previews[0].images[0])).size == (32, 32)
         assert [model.has_preview_autoencoder for model in driver.engine.info().models] == [True, False, False]
 
-    def test_warns_of_the_part_of_a_prompt_that_was_cut_off(self, driver: Driver) -> None:
+    def test_warns_of_the_part_of_a_plain_prompt_that_was_cut_off(self, driver: Driver) -> None:
         # The tiny tokenizer makes one token of each letter and takes in 14.
-        painted = driver.paint(paint_job(prompt="abcdefghijklmn" + "opq", negative_prompt="short"))
+        long = "abcdefghijklmn" + "opq"
+        painted = driver.paint(paint_job(prompt=long, negative_prompt="short", prompt_syntax="plain"))
         assert painted.warnings == ("prompt: the model takes in 14 tokens; it did not see the end: 'opq'",)
         assert driver.paint(paint_job(prompt="abcdefghijklmn")).warnings == ()
+
+    def test_the_end_of_a_long_prompt_is_heard(self, driver: Driver) -> None:
+        pictures = [driver.paint(paint_job(prompt="abcdefghijklmn" * 2 + end)) for end in ("opq", "xyz")]
+        assert pictures[0].images != pictures[1].images
+        assert pictures[0].warnings == ()
 
     def test_warns_that_a_negative_prompt_wants_guidance(self, driver: Driver) -> None:
         (warning,) = driver.paint(paint_job(negative_prompt="blue", guidance_scale=1.0)).warnings
@@ -278,7 +284,7 @@ class TestPictures:
         for i, content in enumerate(painted.images):
             image = Image.open(io.BytesIO(content))
             assert (Image.MIME[image.format or ""], image.size, image.mode) == (media_type, (48, 40), "RGB")
-            assert metadata.read(content)[0] == job.parameters_of(i)
+            assert metadata.read(content)[0] == job.pictures[i]
 
     def test_a_picture_can_be_repeated_from_its_own_file(self, driver: Driver) -> None:
         first = driver.paint(paint_job(scheduler="tcd", seed=3)).images[0]
@@ -299,7 +305,7 @@ class TestFaults:
         assert driver.painted("good") == alone
 
     def test_a_black_picture_is_a_fault(self, driver: Driver) -> None:
-        vae = driver.engine._models["zero-snr"].pipeline.vae
+        vae = driver.engine.shelf.model("zero-snr").pipeline.vae
         handle = vae.decoder.register_forward_hook(lambda module, args, output: torch.full_like(output, -5.0))
         try:
             driver.submit("job", paint_job())

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from inkwell.diffusion.v1 import diffusion_pb2 as pb
 from services.diffusion import converters, limits
-from services.diffusion.domain import MEDIA_TYPES, Asked, EngineInfo, ModelInfo, PaintJob
+from services.diffusion.domain import MEDIA_TYPES, Asked, AskedHires, ModelInfo, PaintJob
 from services.diffusion.settings import ModelSettings, Settings
 from services.kit.faults import Fault, FaultData, Kind
 
@@ -28,8 +28,21 @@ MODEL = ModelInfo(
     has_preview_autoencoder=True,
     schedulers=("ddim", "euler"),
     unfit_schedulers={"flow_euler": "it is for others"},
+    family="sd",
+    features=(
+        "text",
+        "image",
+        "inpaint",
+        "outpaint",
+        "controls",
+        "loras",
+        "hires",
+        "refiner",
+        "variation",
+        "clip_skip",
+    ),
+    vaes=("soft",),
 )
-INFO = EngineInfo("cpu", "torch", (MODEL,))
 SETTINGS = Settings(models={"small": ModelSettings(source="/models/small")}, max_side_px=500, max_pixels=100_000)
 NOTHING_SET = converters.to_asked(pb.GenerateRequest())
 
@@ -40,7 +53,7 @@ def asked(**fields: Any) -> Asked:
 
 def refused(**fields: Any) -> dict[str, str]:
     with pytest.raises(Fault) as caught:
-        limits.resolve(asked(**fields), INFO, SETTINGS)
+        limits.resolve(asked(**fields), MODEL, SETTINGS)
     return {violation.field: violation.description for violation in caught.value.data.fields}
 
 
@@ -50,7 +63,6 @@ def maybe(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 
 requests = st.builds(
     Asked,
-    model=st.sampled_from(["", "small", "large"]),
     prompt=st.text(max_size=20),
     negative_prompt=st.text(max_size=20),
     width=maybe(st.integers(-(2**31), 2**31 - 1) | st.integers(1, 40).map(lambda n: n * 16)),
@@ -60,6 +72,10 @@ requests = st.builds(
     scheduler=st.sampled_from(["", "ddim", "euler", "flow_euler", "magic"]),
     seed=maybe(st.integers(-(2**63), 2**63 - 1) | st.integers(0, 2**32 - 1)),
     image_count=maybe(st.integers(-(2**31), 2**31 - 1) | st.integers(1, 8)),
+    batch_count=maybe(st.integers(-(2**31), 2**31 - 1) | st.integers(1, 8)),
+    strength=maybe(st.floats(width=32)),
+    clip_skip=maybe(st.integers(-2, 20)),
+    guidance_rescale=maybe(st.floats(width=32)),
     media_type=st.sampled_from(["", *MEDIA_TYPES, "image/gif"]),
     quality=maybe(st.integers(-5, 105)),
     preview_disabled=st.booleans(),
@@ -69,7 +85,7 @@ requests = st.builds(
 
 def resolved_or_refused(request: Asked) -> PaintJob | FaultData:
     try:
-        return limits.resolve(request, INFO, SETTINGS)
+        return limits.resolve(request, MODEL, SETTINGS)
     except Fault as fault:
         return fault.data
 
@@ -92,18 +108,21 @@ def test_refused_or_within_every_limit(request: Asked) -> None:
     assert 1 <= p.step_count <= 200
     assert 0 <= p.guidance_scale <= 30
     assert p.scheduler in ("ddim", "euler")
-    assert 1 <= job.image_count <= 8
-    assert 0 <= p.seed <= p.seed + job.image_count - 1 <= 2**32 - 1
+    assert 1 <= job.batch_size <= 8
+    assert len(job.pictures) == job.batch_size * (request.batch_count or 1)
+    assert [picture.seed - p.seed for picture in job.pictures] == list(range(len(job.pictures)))
+    assert 0 <= p.seed <= job.pictures[-1].seed <= 2**32 - 1
     assert job.media_type in MEDIA_TYPES
     assert 1 <= job.quality <= 100
-    assert job.preview_interval >= 0
+    assert job.preview.interval is None or job.preview.interval >= 0
+    assert p.clip_skip is None or 0 < p.clip_skip <= 11
     # What was asked for is what is done.
     for name in ("width", "height", "step_count", "seed"):
         assert getattr(request, name) in (None, getattr(p, name))
 
 
 def test_an_empty_request_means_the_models_defaults() -> None:
-    job = limits.resolve(NOTHING_SET, INFO, SETTINGS)
+    job = limits.resolve(NOTHING_SET, MODEL, SETTINGS)
     p = job.parameters
     assert (p.model, p.width, p.height, p.step_count, p.guidance_scale, p.scheduler) == (
         "small",
@@ -113,14 +132,15 @@ def test_an_empty_request_means_the_models_defaults() -> None:
         1.5,
         "ddim",
     )
-    assert (job.image_count, job.media_type, job.quality, job.preview_interval) == (1, "image/png", 95, 1)
+    assert (len(job.pictures), job.media_type, job.quality) == (1, "image/png", 95)
+    assert job.preview.interval is None, "as often as is cheap"
 
 
 def test_the_nearest_sizes_are_ones_that_are_accepted() -> None:
     assert refused(width=100) == {"width": "100 is not a multiple of 16 from 16 to 496; nearest accepted: 96 or 112"}
     assert refused(width=5) == {"width": "5 is not a multiple of 16 from 16 to 496; nearest accepted: 16"}
     assert refused(height=499) == {"height": "499 is not a multiple of 16 from 16 to 496; nearest accepted: 496"}
-    limits.resolve(asked(width=496, height=192), INFO, SETTINGS)
+    limits.resolve(asked(width=496, height=192), MODEL, SETTINGS)
     assert "height may be up to 192" in refused(width=496, height=208)["width, height"]
 
 
@@ -132,10 +152,12 @@ def test_an_unfit_scheduler_says_why_and_what_is_fit() -> None:
 
 def test_cost_grows_with_the_work() -> None:
     def cost(**fields: Any) -> float:
-        return limits.cost(limits.resolve(asked(**fields), INFO, SETTINGS), MODEL)
+        return limits.cost(limits.resolve(asked(**fields), MODEL, SETTINGS), MODEL)
 
     assert cost(step_count=20) == 20
     assert cost(step_count=20, image_count=3) == 60
+    assert cost(step_count=20, image_count=3, batch_count=2) == 120
+    assert cost(step_count=20, hires=AskedHires(2.0, None, None, "", 10, 0.5)) == 20 + 5 * 4
     assert cost(step_count=20, width=128) == 40
     assert cost(step_count=20, guidance_scale=1.0) == 10
 
