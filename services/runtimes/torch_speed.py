@@ -6,8 +6,8 @@ call would cost more than it gains, so it is done once. Measured on two cores of
 times the speed for the 577 rows of an encoder image, 2 to 3.6 times for 2 to 48 decoder rows, the same for one row. On
 one with AVX2 alone: 0.8 to 1.0 times for an encoder image, 1.7 to 2.6 times for 8 to 16 decoder rows.
 
-What it costs is a little exactness: oneDNN adds up all products of a row in one chain, MKL in blocks. Against float64 the
-rounding error of 1,024 products is twice MKL's (3.3e-7 to 1.5e-7, root mean square of standard normal inputs).
+What it costs is a little exactness: oneDNN adds up all products of a row in one chain, MKL in blocks. Against float64
+the rounding error of 1,024 products is twice MKL's (3.3e-7 to 1.5e-7, root mean square of standard normal inputs).
 """
 
 import platform

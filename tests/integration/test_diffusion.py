@@ -285,6 +285,69 @@ class TestLists:
                 result = await paint(service, scheduler=scheduler.name, step_count=2)
                 assert result.images[0].parameters.scheduler == scheduler.name
 
+    async def test_adapters_and_controls(self, service: Service) -> None:
+        adapters = (await service.stub.ListAdapters(pb.ListAdaptersRequest())).adapters
+        assert [(each.name, each.kind, list(each.models)) for each in adapters] == [
+            ("fluent", pb.ADAPTER_KIND_LORA, ["emoji-tiny"])
+        ]
+        listed = await service.stub.ListControls(pb.ListControlsRequest())
+        assert [(each.name, each.kind, each.preprocessor) for each in listed.models] == [
+            ("edges", pb.CONTROL_KIND_CONTROLNET, "canny")
+        ]
+        names = [each.name for each in listed.preprocessors]
+        assert "canny" in names
+        assert "depth" not in names, "it needs a model that nobody configured"
+        assert all(each.description for each in listed.preprocessors)
+
+
+class TestFromAPicture:
+    async def test_what_the_mask_leaves_out_comes_back_to_the_pixel(self, service: Service) -> None:
+        photo = Image.effect_noise((32, 32), 80).convert("RGB")
+        mask = Image.new("L", (32, 32), 0)
+        mask.paste(255, (0, 0, 16, 32))
+        result = await paint(service, image=sent(photo), inpaint=pb.Inpaint(mask=sent(mask), fill=pb.MASK_FILL_NOISE))
+        painted = Image.open(io.BytesIO(result.images[0].image.content))
+        right = (16, 0, 32, 32)
+        assert painted.crop(right).tobytes() == photo.crop(right).tobytes()
+        assert painted.tobytes() != photo.tobytes()
+        parameters = result.images[0].parameters
+        assert (parameters.strength, len(parameters.image_sha256), parameters.inpaint.fill) == (
+            1.0,
+            64,
+            pb.MASK_FILL_NOISE,
+        )
+        assert metadata.read(result.images[0].image.content)[0].inpaint is not None
+
+    async def test_its_own_size_is_the_default_and_strength_shortens_the_steps(self, service: Service) -> None:
+        call = service.stub.Generate(
+            request(width=None, height=None, image=sent(Image.new("RGB", (50, 44))), strength=0.4)
+        )
+        said = await events(call)
+        assert [response.progress.step for response in said if response.HasField("progress")] == [1, 2]
+        painted = Image.open(io.BytesIO(said[-1].result.images[0].image.content))
+        assert painted.size == (48, 48)
+
+    async def test_bad_input_is_named(self, service: Service) -> None:
+        photo, small = sent(Image.new("RGB", (32, 32))), sent(Image.new("L", (16, 16), 255))
+        for fields, field, says in (
+            ({"image": photo, "inpaint": pb.Inpaint(mask=small)}, "inpaint.mask", "16x16 pixels and the image 32x32"),
+            ({"image": common_pb2.Image(content=b"no picture")}, "image.content", "accepted: PNG"),
+            ({"controls": [pb.Control(image=photo)] * 12}, "controls", "limit of 4"),
+            ({"prompt": "((((("}, "prompt", "never closed"),
+            ({"loras": [pb.Lora(name="nobody")]}, "loras[0].name", "one of: "),
+            ({"loras": [pb.Lora(name="fluent")]}, "loras[0].name", "is for emoji-tiny, not for small"),
+        ):
+            code, violations, _ = await refusal(service, **fields)
+            assert code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND)
+            assert says in violations[field]
+        assert len((await paint(service)).images) == 1
+
+
+def sent(image: Image.Image) -> common_pb2.Image:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return common_pb2.Image(content=buffer.getvalue())
+
 
 class TestBadInput:
     """Each is refused before anything is admitted, names its field and limit, and the service goes on."""

@@ -58,7 +58,8 @@ class Average:
 def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
     """Nearest semi-orthogonal matrix, approximately, by the quintic Newton-Schulz iteration."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.bfloat16()
+    # Not bfloat16: a CPU without instructions for it took forty times as long.
+    x = matrix.float()
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
     x = x / (x.norm() + 1e-7)
@@ -108,8 +109,9 @@ class Optimizer:
         for name, p in named:
             is_matrix = p.ndim >= 2 and not any(word in name for word in adam_only)
             (matrices if is_matrix else rest).append(p)
-        adam = torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0)
-        self.parts: list[torch.optim.Optimizer] = [adam]
+        self.parts: list[torch.optim.Optimizer] = []
+        if rest:
+            self.parts.append(torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0))
         if matrices:
             self.parts.append(Muon(matrices, lr=muon_lr))
         self.base = [[g["lr"] for g in part.param_groups] for part in self.parts]

@@ -75,8 +75,8 @@ def choose_names(sets: list[dict]) -> list[str]:
     return sorted(name for name in shared if not is_variant(name))
 
 
-def rasterize(icon_set: dict, name: str) -> np.ndarray:
-    """Draw one icon at 256x256, reduce it to 64x64 and lay it on white."""
+def rasterize(icon_set: dict, name: str, size: int = SIZE) -> np.ndarray:
+    """Draw one icon at 256x256, reduce it to `size` pixels each way and lay it on white."""
     icon = icon_set["icons"][name]
     width = icon.get("width", icon_set.get("width", 16))
     height = icon.get("height", icon_set.get("height", 16))
@@ -89,7 +89,22 @@ def rasterize(icon_set: dict, name: str) -> np.ndarray:
     image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
     paper = Image.new("RGBA", image.size, (255, 255, 255, 255))
     paper.alpha_composite(image)
-    return np.asarray(paper.convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS))
+    return np.asarray(paper.convert("RGB").resize((size, size), Image.Resampling.LANCZOS))
+
+
+def large(work: Path, names: list[str]) -> np.ndarray:
+    """The pictures of `names` in every style at 128x128, (style, name, 128, 128, 3) uint8, drawn once and mapped.
+
+    Twice the size of the model's pictures, so that they can be turned and scaled before they are reduced.
+    """
+    cache = work / "large.npy"
+    if not cache.exists():
+        sets = [fetch(work, style) for style in STYLES]
+        slugs = [name.replace(" ", "-") for name in names]
+        partial = cache.with_name("large.partial.npy")
+        np.save(partial, np.stack([np.stack([rasterize(s, slug, 2 * SIZE) for slug in slugs]) for s in sets]))
+        partial.replace(cache)
+    return np.load(cache, mmap_mode="r")
 
 
 def thumbnails(images: np.ndarray) -> np.ndarray:

@@ -83,10 +83,13 @@ def build(tokens: CLIPTokenizer) -> CLIPTextModel:
 
 
 class Prompts:
-    """Every prompt of every (style, name) pair, tokenized once, with the ways to draw random ones."""
+    """Every prompt of every (style, name) pair, tokenized once, with the ways to draw random ones.
 
-    def __init__(self, work: Path, styles: list[str]) -> None:
-        self.tokenizer = tokenizer(work)
+    A model that exists already needs the `tokens` it was trained with; training the tokenizer again gives others.
+    """
+
+    def __init__(self, work: Path, styles: list[str], tokens: CLIPTokenizer | None = None) -> None:
+        self.tokenizer = tokens or tokenizer(work)
         self.names = data.load(work).names
         self.styles = styles
         self._ids = {style: self._encode([prompt(n, style) for n in self.names]) for style in ("", *styles)}

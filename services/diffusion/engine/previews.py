@@ -209,7 +209,7 @@ def fit_linear(vae: Any, pixels_a_latent: int) -> LinearMap:
         encoded = vae.encode((pictures * 2 - 1).to(vae.device, vae.dtype), return_dict=False)[0]
     latents = encoded if isinstance(encoded, Tensor) else encoded.mode()
     latents = _as_the_loop_holds_them(vae.config, latents.detach().cpu().double())
-    colours = functional.adaptive_avg_pool2d(pictures.double(), latents.shape[-2:])
+    colours = functional.adaptive_avg_pool2d(pictures.double(), (latents.shape[-2], latents.shape[-1]))
     inputs = latents.movedim(1, -1).flatten(0, -2)
     outputs = colours.movedim(1, -1).flatten(0, -2)
     mean_in, mean_out = inputs.mean(0), outputs.mean(0)

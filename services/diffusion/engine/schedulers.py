@@ -375,13 +375,13 @@ def _output_for(scheduler: Any, seen: torch.Tensor, timestep: Any, believed: tor
     """What a model that sees noisy latents and believes the clean ones to be `believed` would answer."""
     family = family_of(scheduler)
     if family == "flow":
-        return (seen - believed) / scheduler.sigmas[place_of(scheduler)]
+        return (seen - believed) / float(scheduler.sigmas[place_of(scheduler)])
     if family == "edm":
         sigma = scheduler.sigmas[place_of(scheduler)]
         sample = seen / scheduler.precondition_inputs(torch.ones(()), sigma)
         skipped = scheduler.precondition_outputs(sample, torch.zeros_like(sample), sigma)
         scale = scheduler.precondition_outputs(torch.zeros(()), torch.ones(()), sigma)
-        return (believed - skipped) / scale
+        return (believed - skipped) / float(scale)
     alpha = max(float(scheduler.alphas_cumprod[int(timestep)]), 2**-24)
     signal, noise = math.sqrt(alpha), math.sqrt(1.0 - alpha)
     kind = scheduler.config.prediction_type

@@ -54,8 +54,8 @@ def drawing() -> Tensor:
 def encoded(vae: Any, pixels: Tensor) -> Tensor:
     """The latents as a denoising loop holds them."""
     with torch.no_grad():
-        latents = vae.encode(pixels * 2 - 1).latent_dist.mode()
-    return (latents - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+        latents: Tensor = vae.encode(pixels * 2 - 1).latent_dist.mode()
+    return (latents - float(vae.config.shift_factor or 0.0)) * float(vae.config.scaling_factor)
 
 
 def opened(content: bytes) -> Tensor:
