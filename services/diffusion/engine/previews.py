@@ -231,11 +231,6 @@ def _as_the_loop_holds_them(config: Any, latents: Tensor) -> Tensor:
     return (latents - shift) * scaling
 
 
-def paint(autoencoder: Any, latents: Tensor, *, most_side: int, quality: int) -> bytes:
-    """Decode latents of one picture, [1, channels, rows, columns], into a JPEG no longer than `most_side` pixels."""
-    return _jpeg(_decoded(autoencoder, latents), most_side, quality)
-
-
 def to_image(pixels: Tensor) -> Image.Image:
     """One picture, [1, 3, height, width] in 0 to 1, as 8-bit RGB."""
     array = (pixels[0].permute(1, 2, 0).float() * 255).round().to(torch.uint8).cpu().numpy()

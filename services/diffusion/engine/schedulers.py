@@ -381,11 +381,11 @@ def _output_for(scheduler: Any, seen: torch.Tensor, timestep: Any, believed: tor
         sample = seen / scheduler.precondition_inputs(torch.ones(()), sigma)
         skipped = scheduler.precondition_outputs(sample, torch.zeros_like(sample), sigma)
         scale = scheduler.precondition_outputs(torch.zeros(()), torch.ones(()), sigma)
-        return (believed - skipped) / float(scale)
+        return torch.as_tensor((believed - skipped) / float(scale))
     alpha = max(float(scheduler.alphas_cumprod[int(timestep)]), 2**-24)
     signal, noise = math.sqrt(alpha), math.sqrt(1.0 - alpha)
     kind = scheduler.config.prediction_type
     if kind == "sample":
         return believed
     epsilon = (seen - signal * believed) / noise
-    return epsilon if kind == "epsilon" else signal * epsilon - noise * believed
+    return epsilon if kind == "epsilon" else torch.as_tensor(signal * epsilon - noise * believed)

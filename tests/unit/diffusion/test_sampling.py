@@ -1,6 +1,7 @@
 """What the front says about scheduler names and sampling options, without diffusers."""
 
 import math
+from pathlib import Path
 
 import pytest
 
@@ -67,6 +68,14 @@ def test_the_file_names_the_sampler_as_others_do_and_is_understood_again() -> No
     assert "Sampler: HomeMadeScheduler," in metadata.infotext(
         Parameters("m", "a cat", "", 64, 64, 20, 7.5, "HomeMadeScheduler", 1)
     )
+
+
+def test_the_page_on_schedulers_lists_what_the_table_has() -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "schedulers.md").read_text()
+    short = {"sigma_schedule": "schedule", "timestep_spacing": "spacing", "prediction_type": "prediction"}
+    for entry in TABLE.values():
+        takes = ", ".join(short.get(option, option) for option in entry.sampling_options) or "–"
+        assert f"| `{entry.name}` | {', '.join(entry.aliases)} | `{entry.diffusers_class}` | {takes} |" in page
 
 
 @pytest.mark.parametrize("name", TABLE)
