@@ -96,6 +96,8 @@ def _differences(config: dict[str, Any], class_name: str, pipeline: Any, denoise
         theirs, ours = _plain(config.get(key)), _plain(denoiser.config.get(key))
         if theirs != ours:
             yield f"its {key} is {theirs}, this model's {ours}"
+    if extra := config.get("extra_conditioning_channels"):
+        yield f"it wants {extra} more channels of condition than a picture has, such as a mask"
     if class_name == "ControlNetModel":
         latents = pipeline.vae.config.latent_channels
         if config["in_channels"] != latents:

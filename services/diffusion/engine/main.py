@@ -219,11 +219,12 @@ class DiffusionEngine:
             scheduler=info.default_scheduler,
             seed=0,
         )
-        job = PaintJob((parameters,), batch_size=1, media_type="image/png", quality=95, preview=PreviewPlan(interval=1))
+        job = PaintJob((parameters,), batch_size=1, media_type="image/png", quality=95, preview=PreviewPlan(interval=0))
         call = self._open(job, {info.name: model}, WeakSet())  # the model is nobody's yet
         try:
             while not any(isinstance(item, Painted) for item in call.turn()):
                 pass
+            self._learn_preview_cost(model)
         except Fault as fault:
             # One step of a model that wants many may well come out black; its callers will be told.
             log.warning("warm-up of model %s: %s", info.name, fault.data.message)
@@ -233,6 +234,16 @@ class DiffusionEngine:
             raise ModelError(f"model {info.name}: it fails on a first picture: {error}") from error
         finally:
             call.stop()
+
+    def _learn_preview_cost(self, model: LoadedModel) -> None:
+        """Paint previews of nothing; the first is slow, and the budget of the first call is to know what the rest cost."""
+        factor = model.pipeline.vae_scale_factor
+        shape = (1, model.pipeline.vae.config.latent_channels)
+        latents = torch.zeros(*shape, model.info.default_height // factor, model.info.default_width // factor)
+        for _ in range(3):
+            model.previews.paint(
+                latents, None, max_side_px=self._settings.preview_max_side_px, quality=self._settings.preview_quality
+            )
 
 
 def _raw(payload: msgspec.Struct) -> Raw:
