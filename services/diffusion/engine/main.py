@@ -236,7 +236,7 @@ class DiffusionEngine:
             call.stop()
 
     def _learn_preview_cost(self, model: LoadedModel) -> None:
-        """Paint previews of nothing; the first is slow, and the budget of the first call is to know what the rest cost."""
+        """Paint previews of nothing: the first is slow, and a call's budget is to know what the others cost."""
         factor = model.pipeline.vae_scale_factor
         shape = (1, model.pipeline.vae.config.latent_channels)
         latents = torch.zeros(*shape, model.info.default_height // factor, model.info.default_width // factor)
