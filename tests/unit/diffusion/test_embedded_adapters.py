@@ -83,7 +83,7 @@ def test_the_lora_paints_nearer_the_fluent_drawings(base: StableDiffusionPipelin
     def distances(pictures: np.ndarray) -> np.ndarray:
         """Root mean square at 32x32."""
         small = (pictures - wanted).reshape(len(NAMES), 32, 2, 32, 2, 3).mean(axis=(2, 4))
-        return np.sqrt(np.square(small).mean(axis=(1, 2, 3)))
+        return np.asarray(np.sqrt(np.square(small).mean(axis=(1, 2, 3))))
 
     without = paint(base)
     base.load_lora_weights(MODELS / "emoji-tiny-fluent", adapter_name="fluent")
