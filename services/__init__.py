@@ -6,6 +6,9 @@ import os
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 # Processes are started with exec, never forked to go on in Python, so its fork handlers have nothing to protect.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
-# OpenMP, below torch: its threads otherwise spin while they wait for each other, and on a machine or in a container
-# whose cores others use too, a decoding step then takes several times as long as it should.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# OpenMP, below torch: by default its threads spin for milliseconds while they wait for each other, and on a machine or
+# in a container whose cores others use too, a decoding step then takes several times as long as it should. Not spinning
+# at all costs as much on quiet cores where the parallel parts are short: twice the time of a picture of emoji-tiny, a
+# tenth of a decoding step of TrOCR-base. About a quarter of a millisecond bridges the gaps between two parts.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "8000")

@@ -249,16 +249,16 @@ async def test_a_model_in_use_is_unloaded_when_its_calls_are_done(service: Servi
 
 async def test_another_precision_replaces_the_model(service: Service) -> None:
     await service.unload("french")
-    await service.load("french", precision=ocr_pb2.PRECISION_BFLOAT16)
+    await service.load("french", precision=ocr_pb2.PRECISION_INT8_WEIGHT_ONLY)
     listed = (await service.models())["french"]
-    assert (listed.precision, listed.dtype) == (ocr_pb2.PRECISION_BFLOAT16, "bfloat16")
+    assert listed.precision == ocr_pb2.PRECISION_INT8_WEIGHT_ONLY  # the one that every processor computes
     before = listed.weight_bytes
     stream = service.stub.StreamRecognize(
         ocr_pb2.StreamRecognizeRequest(image=common_pb2.Image(content=png()), model="french")
     )
     assert (await service.load("french"))[-1].result.model.precision == ocr_pb2.PRECISION_FLOAT32
     assert [event async for event in stream][-1].HasField("result")
-    assert (await service.models())["french"].weight_bytes == 2 * before
+    assert (await service.models())["french"].weight_bytes > 2 * before
 
 
 async def test_a_broken_folder_fails_alone_and_says_why(service: Service) -> None:

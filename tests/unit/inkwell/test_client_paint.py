@@ -26,7 +26,7 @@ def test_a_picture_knows_what_it_was_painted_with(client: inkwell.Client) -> Non
     assert picture.content.startswith(b"\x89PNG")
     assert picture.parameters == inkwell.GenerationParameters(
         model="brush", prompt="a cat", negative_prompt="a dog", width=32, height=24, step_count=5,
-        guidance_scale=2.5, scheduler="euler", seed=9,
+        guidance_scale=2.5, scheduler="euler", seed=9, prompt_syntax=inkwell.PromptSyntax.WEIGHTED,
     )  # fmt: skip
     assert picture.served_by == inkwell.ServedBy("cpu", "torch", "pool-a", "10.0.0.1:1")
     assert picture.warnings == ()

@@ -267,6 +267,7 @@ def test_the_parameters_say_all_that_was_asked_for(client: inkwell.Client) -> No
 def test_what_was_not_asked_for_is_none(client: inkwell.Client) -> None:
     (picture,) = client.paint("a cat", sampling=inkwell.Sampling())
     blank = inkwell.GenerationParameters("brush", "a cat", "", 16, 8, 20, 2.5, "euler", 1000)
+    blank = dataclasses.replace(blank, prompt_syntax=inkwell.PromptSyntax.WEIGHTED)
     assert picture.parameters == blank
     assert picture.parameters.sampling is None
 

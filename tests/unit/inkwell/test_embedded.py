@@ -47,12 +47,12 @@ def test_whole_numbers_do_for_guidance_and_keys_of_later_versions_are_ignored() 
 def test_a_picture_of_an_earlier_version_has_the_defaults_of_what_it_did_not_know() -> None:
     parameters = inkwell.embedded_parameters(png({"inkwell": json.dumps(VALUES)}))
     assert parameters == inkwell.GenerationParameters(**VALUES)
-    assert (parameters.prompt_syntax, parameters.hires, parameters.loras) == ("weighted", None, ())
+    assert (parameters.prompt_syntax, parameters.hires, parameters.loras) == ("plain", None, ())
 
 
 def test_what_the_service_embeds_is_read() -> None:
     full = domain.Parameters(
-        **VALUES, prompt_syntax="plain", prompt_template="t", negative_prompt_template="nt", styles=("ink",),
+        **VALUES, prompt_syntax="weighted", prompt_template="t", negative_prompt_template="nt", styles=("ink",),
         wildcard_seed=3, image_sha256="1a", strength=0.5,
         inpaint=domain.Inpaint("2b", 4, True, 32, "noise"), outpaint=domain.Outpaint(1, 2, 3, 4),
         controls=(domain.Control("edges", "3c", "canny", 0.5, 0.25, 0.75), domain.Control("pose", "4d")),

@@ -15,6 +15,8 @@ from services.ocr.engine.main import OcrEngine, create_engine
 from services.ocr.settings import Settings
 from services.runtimes import checkpoints
 from services.runtimes.checkpoints import CheckpointError
+from services.runtimes.hardware import detect
+from services.runtimes.precision import refusal
 from tests.support import tiny_trocr
 from tests.support.reading import GREEDY, Reader, beams, engine_of, lane_in, scribble
 
@@ -141,6 +143,8 @@ def test_without_a_length_of_its_own_a_model_takes_the_settings(tiny_folder: Pat
 
 
 def test_bfloat16_is_a_setting(tiny_folder: Path) -> None:
+    if why := refusal("bfloat16", detect()):
+        pytest.skip(why)
     engine = load(tiny_folder, precision="bfloat16")
     assert engine.info().models[0].dtype == "bfloat16"
     reader = Reader(engine)
