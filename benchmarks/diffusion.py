@@ -32,8 +32,8 @@ from services.diffusion.settings import ModelSettings, Settings
 ROUNDS = 5
 PROMPT = "grinning face"
 EMOJI_STEPS = 20
-EMOJI_PICTURES = 10  # a round, one after the other
-LARGE_STEPS = 3
+EMOJI_PICTURES = 20  # a round, one after the other
+LARGE_STEPS = 2
 PREVIEW_PICTURES = 20
 
 
@@ -134,7 +134,7 @@ def _options(work: Work, seed: int) -> dict[str, Any]:
 
 def _over_grpc(client: Client, work: Work) -> Callable[[int], None]:
     def paint(seed: int) -> None:
-        client.paint(**_options(work, seed))
+        client.paint(**_options(work, seed), previews=False)  # diffusers paints none either
 
     return paint
 

@@ -25,8 +25,9 @@ from services.diffusion.scheduler_table import TABLE
 _GROWING = ("Euler", "Heun", "KDPM2", "LMS")
 _KNOWN_CLASSES = frozenset(entry.diffusers_class for entry in TABLE.values())
 
-# The part of the denoising's time that previews may take when nobody says how often they are wanted.
-COST_SHARE = 0.05
+# The part of the denoising's time that painting previews may take when nobody says how often they are wanted. A call is
+# to lose no more than a twentieth; the rest is for sending them.
+COST_SHARE = 0.03
 # How much the last preview counts in the estimate of the next one's cost.
 _LAST_WEIGHT = 0.3
 
