@@ -19,8 +19,8 @@ from tests.support import tiny_trocr
 from tests.support.reading import GREEDY, Reader, beams, engine_of, generate, lane_in, scribble
 
 LINES = [scribble(seed) for seed in range(12)]
-# Of all hypotheses; none where there are fewer than fifty. A tie is two of them that changed places.
-TIES_MOST = 0.02
+# Pairs that changed places, of all hypotheses: none where there are fewer than a hundred.
+TIES_MOST = 0.01
 OTHERS = [beams(1, ngram=2), beams(4, ngram=1, stopping="first"), beams(3, ngram=3, penalty=2.0, stopping="never")]
 
 
@@ -42,9 +42,11 @@ def check_equal(engine: OcrEngine, model: VisionEncoderDecoderModel, decoding: D
             continue
         assert read.recognition is not None
         assert [h.score for h in read.recognition.hypotheses] == pytest.approx(scores, rel=1e-4)
-        assert len(read.ids) == len(ids)
-        ties += sum(own != other for own, other in zip(read.ids, ids, strict=True))
-    # Texts whose scores are equal to the last bits may come in another order on another processor.
+        # The same texts; only those whose scores are equal to the last bits may stand in each other's place.
+        assert sorted(read.ids) == sorted(ids)
+        moved = [place for place, own in enumerate(read.ids) if own != ids[place]]
+        assert all(abs(scores[place] - scores[ids.index(read.ids[place])]) < 1e-4 for place in moved)
+        ties += len(moved) // 2
     assert ties <= TIES_MOST * len(LINES) * decoding.hypothesis_count
 
 
