@@ -1,0 +1,1 @@
+"""From a checkpoint to float32 ONNX graphs: one module a kind of model, and what they share."""
