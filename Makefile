@@ -51,7 +51,7 @@ lock:  ## Write requirements/*.txt anew from pyproject.toml
 
 clean: down  ## Remove the environment and everything generated
 	@rm -rf $(VENV) .run build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
-	@rm -rf inkwell/common inkwell/ocr inkwell/diffusion inkwell/gateway
+	@rm -rf inkwell/common inkwell/compiler inkwell/diffusion inkwell/gateway inkwell/ocr inkwell/operations
 
 # --- the environment ---
 
