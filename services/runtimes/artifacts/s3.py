@@ -1,0 +1,370 @@
+"""A store in S3 or what speaks its protocol: PREFIX/artifacts/ID/…, leases/, used/ and lock.
+
+An artifact exists when its manifest.json does, which is uploaded last and deleted first. One process at a time decides
+what appears and what goes, by a lock object that conditional writes guard (If-None-Match, If-Match): Amazon S3 has them
+since November 2024, and so have MinIO, Ceph and R2; a server without them is refused. Files are read from a cache on
+this machine, where they appear only once their sha-256 was checked.
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import random
+import re
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from services.runtimes.artifacts.errors import Reason, StoreError, explained
+from services.runtimes.artifacts.folder import size_problem
+from services.runtimes.artifacts.manifest import FILE_NAME, File
+from services.runtimes.artifacts.place import ARTIFACTS, CHUNK_BYTES, Note
+from services.runtimes.artifacts.s3_errors import ObjectMissingError, PreconditionError, explained_s3
+from services.runtimes.artifacts.staging import Staging, size_of, sync_all
+from services.runtimes.artifacts.user_folders import cache_folder
+
+log = logging.getLogger(__name__)
+
+_LOCK = "lock"
+_LOCATION = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(.*))?")
+# Read with one request.
+_RANGE_BYTES = 8 << 20
+# Of manifests, leases and the like.
+_SMALL_BYTES_MOST = 16 << 20
+# Files of one artifact that are fetched, and small objects that are read, at a time.
+_AT_A_TIME = 8
+# The lock is held for a few small requests. Each may take _CONNECT_S + _READ_S and be tried again, so an owner that is
+# alive is done well before its lock counts as left by a dead one.
+_LOCK_STALE_S = 180.0
+_LOCK_WAIT_S = 2 * _LOCK_STALE_S
+_CONNECT_S, _READ_S, _TRIES = 5, 20, 2
+# S3's own limit on keys in one DeleteObjects request.
+_DELETE_MOST = 1000
+
+
+class Bucket:
+    """A `Place` in S3. Nothing is contacted before something is asked."""
+
+    def __init__(self, location: str, *, cache: Path | None = None) -> None:
+        """cache: a folder on this machine; None takes one in the user's cache folder. Raises StoreError."""
+        found = _LOCATION.fullmatch(location)
+        prefix = (found[2] or "").strip("/") if found else ""
+        if found is None or any(part in ("", ".", "..") for part in prefix.split("/") if prefix):
+            raise StoreError(
+                Reason.INVALID,
+                f"artifact store {location!r}: this is no location in S3; give it as s3://bucket/prefix, the bucket"
+                " with 3 to 63 lower-case letters, digits, dots and hyphens",
+            )
+        self._bucket, self._prefix = found[1], f"{prefix}/" if prefix else ""
+        self.where = f"s3://{self._bucket}/{self._prefix}".rstrip("/")
+        self._cache = cache or cache_folder() / "artifacts" / sha256(self.where.encode()).hexdigest()[:16]
+        self.staging = Staging(self._cache / "staging")
+        self._opened: Any = None
+        self._conditional = False  # whether the server was seen to refuse a conditional write
+
+    # The lock.
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        mine = f"{secrets.token_hex(8)}: process {os.getpid()} on {socket.gethostname()}\n".encode()
+        self._lock(mine)
+        try:
+            yield
+        finally:
+            try:
+                # Another process's, if this one was stopped for longer than a lock counts.
+                if self._read(_LOCK, "unlocking the artifact store") == mine:
+                    self._call("delete_object", "unlocking the artifact store", Key=self._key(_LOCK))
+            except StoreError as error:
+                log.warning("the lock of %s is left to end by its age: %s", self.where, error)
+
+    def _lock(self, content: bytes) -> None:
+        what, key = "locking the artifact store", self._key(_LOCK)
+        give_up = time.monotonic() + _LOCK_WAIT_S
+        wait_s = 0.02
+        while True:
+            try:
+                self._call("put_object", what, Key=key, Body=content, IfNoneMatch="*")
+                break
+            except PreconditionError:
+                pass
+            try:
+                held = self._call("head_object", what, Key=key)
+            except ObjectMissingError:  # let go just now
+                continue
+            if self._read(_LOCK, what) == content:  # written after all, by a try whose answer was lost
+                break
+            if _date_of(held) - held["LastModified"].timestamp() > _LOCK_STALE_S:
+                with contextlib.suppress(PreconditionError, ObjectMissingError):  # another was quicker
+                    self._call("put_object", what, Key=key, Body=content, IfMatch=held["ETag"])
+                    break
+            elif time.monotonic() > give_up:
+                raise StoreError(
+                    Reason.UNAVAILABLE, f"{what}: {self.where} has been locked by others all the time; try again"
+                )
+            time.sleep(wait_s * random.uniform(0.5, 1.5))  # noqa: S311 - nobody is to guess it
+            wait_s = min(2 * wait_s, 1.0)
+        if not self._conditional:
+            try:
+                self._call("put_object", what, Key=key, Body=content, IfNoneMatch="*")
+            except PreconditionError:
+                self._conditional = True
+                return
+            raise StoreError(
+                Reason.INVALID,
+                f"{what}: the server of {self.where} ignores conditional writes (If-None-Match), so processes could"
+                " destroy each other's artifacts; update it, or choose another artifact store",
+            )
+
+    # Looking.
+
+    def now(self) -> float:
+        return _date_of(self._call("head_bucket", "reading the artifact store"))
+
+    def ids(self) -> dict[str, float]:
+        found = {}
+        for key, (_, changed_at) in self._entries(f"{ARTIFACTS}/", "listing artifacts").items():
+            one, _, path = key.removeprefix(f"{ARTIFACTS}/").partition("/")
+            if path == FILE_NAME:
+                found[one] = changed_at
+        return found
+
+    def manifest(self, artifact_id: str) -> bytes | None:
+        return self._read(f"{ARTIFACTS}/{artifact_id}/{FILE_NAME}", "reading a manifest")
+
+    def chunks(self, artifact_id: str, file: File, offset: int) -> Iterator[bytes]:
+        what = f"reading {file.path} of artifact {artifact_id[:12]}"
+        path = f"{self._bucket}/{self._key(f'{ARTIFACTS}/{artifact_id}/{file.path}')}"
+        while offset < file.size_bytes:
+            end = min(offset + _RANGE_BYTES, file.size_bytes)
+            try:
+                with explained_s3(what, self.where):
+                    content = self._files().cat_file(path, start=offset, end=end)
+            except ObjectMissingError:
+                raise StoreError(
+                    Reason.DAMAGED,
+                    f"{what}: the file is gone from {self.where}; the artifact was deleted, or is damaged",
+                ) from None
+            if len(content) != end - offset:
+                raise StoreError(
+                    Reason.DAMAGED,
+                    f"{what}: {self.where} has {offset + len(content)} bytes of it, should have {file.size_bytes};"
+                    " delete the artifact and compile it again",
+                )
+            for start in range(0, len(content), CHUNK_BYTES):
+                yield content[start : start + CHUNK_BYTES]
+            offset = end
+
+    def folder(self, artifact_id: str, files: Sequence[File], manifest_json: bytes) -> Path:
+        folder = self._cache / ARTIFACTS / artifact_id
+        if not size_problem(folder, files):
+            return folder
+        what = f"fetching artifact {artifact_id[:12]} from {self.where}"
+        with explained(what, self._cache), self._fetching(artifact_id):
+            if not size_problem(folder, files):  # another process fetched it
+                return folder
+            staging = self.staging.new()
+            try:
+                if folder.exists():
+                    folder.rename(staging / "damaged")
+                    shutil.rmtree(staging / "damaged")
+                needed, free = sum(file.size_bytes for file in files), shutil.disk_usage(staging).free
+                if needed > free:
+                    raise StoreError(
+                        Reason.FULL,
+                        f"{what}: it has {needed:,} bytes, and {free:,} are free in {self._cache}; free some there, or"
+                        " let XDG_CACHE_HOME name another folder",
+                    )
+                with ThreadPoolExecutor(_AT_A_TIME) as pool:
+                    list(pool.map(lambda file: self._fetch(artifact_id, file, staging), files))
+                (staging / FILE_NAME).write_bytes(manifest_json)
+                sync_all(staging)
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                staging.rename(folder)
+            finally:
+                self.staging.discard(staging)
+        return folder
+
+    @contextmanager
+    def _fetching(self, artifact_id: str) -> Iterator[None]:
+        """One process of this machine at a time fetches an artifact; the others find it in the cache afterwards."""
+        (self._cache / "locks").mkdir(parents=True, exist_ok=True)
+        with (self._cache / "locks" / artifact_id).open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def _fetch(self, artifact_id: str, file: File, staging: Path) -> None:
+        target = staging / file.path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        digest = sha256()
+        with target.open("wb") as opened:
+            for chunk in self.chunks(artifact_id, file, 0):
+                digest.update(chunk)
+                opened.write(chunk)
+        if digest.hexdigest() != file.sha256:
+            raise StoreError(
+                Reason.DAMAGED,
+                f"fetching artifact {artifact_id[:12]} from {self.where}: {file.path} is not what its manifest says"
+                " (sha-256); delete the artifact and compile it again",
+            )
+
+    # Changing.
+
+    def prepare(self, artifact_id: str, staging: Path, files: Sequence[File], manifest_json: bytes) -> None:
+        for file in files:
+            what = f"uploading {file.path} of artifact {artifact_id[:12]}"
+            key = self._key(f"{ARTIFACTS}/{artifact_id}/{file.path}")
+            with explained_s3(what, self.where):
+                self._files().put_file(str(staging / file.path), f"{self._bucket}/{key}")
+
+    def appear(self, artifact_id: str, staging: Path, manifest_json: bytes) -> None:
+        self._write(f"{ARTIFACTS}/{artifact_id}/{FILE_NAME}", manifest_json, f"publishing artifact {artifact_id[:12]}")
+
+    def abandon(self, artifact_id: str) -> None:
+        what = f"removing what was uploaded of artifact {artifact_id[:12]}"
+        found = self._entries(f"{ARTIFACTS}/{artifact_id}/", what)
+        if f"{ARTIFACTS}/{artifact_id}/{FILE_NAME}" not in found:
+            self._remove_all(list(found), what)
+
+    def delete(self, artifact_id: str) -> None:
+        what = f"deleting artifact {artifact_id[:12]}"
+        self._call("delete_object", what, Key=self._key(f"{ARTIFACTS}/{artifact_id}/{FILE_NAME}"))
+        self._remove_all(list(self._entries(f"{ARTIFACTS}/{artifact_id}/", what)), what)
+
+    def notes(self, kind: str) -> dict[str, Note]:
+        what = "reading the artifact store"
+        entries = self._entries(f"{kind}/", what)
+        with ThreadPoolExecutor(_AT_A_TIME) as pool:
+            contents = pool.map(lambda key: self._read(key, what), entries)
+        return {
+            key.removeprefix(f"{kind}/").removesuffix(".json"): Note(content, changed_at)
+            for (key, (_, changed_at)), content in zip(entries.items(), contents, strict=True)
+            if content is not None  # removed just now
+        }
+
+    def note(self, kind: str, name: str) -> bytes | None:
+        return self._read(f"{kind}/{name}.json", "reading the artifact store")
+
+    def write_note(self, kind: str, name: str, content: bytes) -> None:
+        self._write(f"{kind}/{name}.json", content, "writing to the artifact store")
+
+    def renew_note(self, kind: str, name: str, content: bytes) -> None:
+        self._write(f"{kind}/{name}.json", content, "renewing a lease")
+
+    def remove_note(self, kind: str, name: str) -> None:
+        self._call("delete_object", "writing to the artifact store", Key=self._key(f"{kind}/{name}.json"))
+
+    def sweep(self, alive: set[str]) -> int:
+        what, freed = "cleaning the artifact store", 0
+        parts: dict[str, dict[str, int]] = {}
+        for key, (size, _) in self._entries(f"{ARTIFACTS}/", what).items():
+            one, _, path = key.removeprefix(f"{ARTIFACTS}/").partition("/")
+            parts.setdefault(one, {})[path] = size
+        for one, sizes in parts.items():
+            if FILE_NAME not in sizes and one not in alive:
+                self._remove_all([f"{ARTIFACTS}/{one}/{path}" for path in sizes], what)
+                freed += sum(sizes.values())
+        self._abort_uploads(alive, what)
+        with explained(what, self._cache):
+            freed += self.staging.sweep()
+            cached = self._cache / ARTIFACTS
+            for folder in list(cached.iterdir()) if cached.is_dir() else ():
+                if folder.name not in alive and FILE_NAME not in parts.get(folder.name, {}):
+                    freed += self._drop(folder)
+        return freed
+
+    def _abort_uploads(self, alive: set[str], what: str) -> None:
+        """Ends uploads in parts whose processes died: S3 keeps, and charges for, their parts otherwise."""
+        prefix = self._key(f"{ARTIFACTS}/")
+        for upload in self._call("list_multipart_uploads", what, Prefix=prefix).get("Uploads", ()):
+            if upload["Key"].removeprefix(prefix).partition("/")[0] not in alive:
+                with contextlib.suppress(ObjectMissingError):  # it just ended
+                    self._call("abort_multipart_upload", what, Key=upload["Key"], UploadId=upload["UploadId"])
+
+    def _drop(self, folder: Path) -> int:
+        size, rubbish = size_of(folder), self.staging.new()
+        try:
+            folder.rename(rubbish / folder.name)
+        finally:
+            self.staging.discard(rubbish)
+        return size
+
+    # Requests.
+
+    def _files(self) -> Any:
+        if self._opened is None:
+            try:
+                import s3fs
+            except ImportError as error:
+                raise StoreError(
+                    Reason.UNAVAILABLE,
+                    f"artifact store {self.where}: the package s3fs is not installed; pip install 'inkwell[s3]'",
+                ) from error
+            self._opened = s3fs.S3FileSystem(
+                use_listings_cache=False,  # others write to the bucket too
+                skip_instance_cache=True,
+                config_kwargs={
+                    "connect_timeout": _CONNECT_S,
+                    "read_timeout": _READ_S,
+                    "retries": {"mode": "standard", "total_max_attempts": _TRIES},
+                },
+            )
+            self._opened.retries = _TRIES
+        return self._opened
+
+    def _key(self, name: str) -> str:
+        return f"{self._prefix}{name}"
+
+    def _call(self, method: str, what: str, **arguments: Any) -> Any:
+        with explained_s3(what, self.where):
+            return self._files().call_s3(method, Bucket=self._bucket, **arguments)
+
+    def _read(self, name: str, what: str) -> bytes | None:
+        try:
+            with explained_s3(what, self.where):
+                # Given its end, s3fs does not ask for the size first; S3 takes an end behind that of the object.
+                path = f"{self._bucket}/{self._key(name)}"
+                content: bytes = self._files().cat_file(path, start=0, end=_SMALL_BYTES_MOST)
+                return content
+        except ObjectMissingError:
+            return None
+
+    def _write(self, name: str, content: bytes, what: str) -> None:
+        self._call("put_object", what, Key=self._key(name), Body=content)
+
+    def _entries(self, prefix: str, what: str) -> dict[str, tuple[int, float]]:
+        """Objects whose names begin so: name -> bytes and time of the last change."""
+        found: dict[str, tuple[int, float]] = {}
+        more: dict[str, str] = {}
+        while True:
+            listed = self._call("list_objects_v2", what, Prefix=self._key(prefix), **more)
+            for entry in listed.get("Contents", ()):
+                name = entry["Key"].removeprefix(self._prefix)
+                found[name] = (entry["Size"], entry["LastModified"].timestamp())
+            if not listed.get("IsTruncated"):
+                return found
+            more = {"ContinuationToken": listed["NextContinuationToken"]}
+
+    def _remove_all(self, names: list[str], what: str) -> None:
+        for start in range(0, len(names), _DELETE_MOST):
+            objects = [{"Key": self._key(name)} for name in names[start : start + _DELETE_MOST]]
+            answer = self._call("delete_objects", what, Delete={"Objects": objects, "Quiet": True})
+            if errors := answer.get("Errors"):
+                raise StoreError(
+                    Reason.DENIED, f"{what}: {self.where} refused: {errors[0].get('Code')} {errors[0].get('Key')}"
+                )
+
+
+def _date_of(answer: Any) -> float:
+    """The server's clock, from the headers of an answer."""
+    date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+    return parsedate_to_datetime(date).timestamp() if date else time.time()
