@@ -1,0 +1,1 @@
+"""What graphs are compiled to where that takes more than writing ONNX or OpenVINO files."""
