@@ -8,6 +8,7 @@ conditional one becomes uncond + sum of weight_i * (cond_i - uncond).
 Words are weighed as compel does it: an embedding is moved along the line from that of the empty prompt through its own.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,6 +92,12 @@ class Conditioner:
         self._pipeline = pipeline
         self._family = family_of(pipeline)
 
+    @functools.cached_property
+    def _device(self) -> torch.device:
+        # The library looks through every module for it, which takes milliseconds; it never changes.
+        device: torch.device = self._pipeline._execution_device
+        return device
+
     def prepare(self, parameters: Parameters, *, guided: bool, step_count: int | None = None) -> Conditioning | None:
         """Encode a picture's prompts; None where the pipeline may get them, plain as they are, itself.
 
@@ -125,7 +132,7 @@ class Conditioner:
             return None
         guided = guided and self._family != "flux"
         self._check_branches(positive, parameters, guided=guided)
-        encoders = Encoders(self._pipeline, self._family, skip, truncate=plain)
+        encoders = Encoders(self._pipeline, self._family, skip, device=self._device, truncate=plain)
         count = step_count or parameters.step_count
         negatives = [branches[0] for branches in negative.over(count)] if guided else [None] * count
         shown: list[_Told] = list(zip(positive.over(count), negatives, strict=True))

@@ -120,11 +120,10 @@ class _Tower:
 class Encoders:
     """All text encoders of a pipeline, for one picture."""
 
-    def __init__(self, pipeline: Any, family: Family, skip: int, *, truncate: bool) -> None:
+    def __init__(self, pipeline: Any, family: Family, skip: int, *, device: torch.device, truncate: bool) -> None:
         self._pipeline = pipeline
         self._family = family
         self._known: dict[tuple[tuple[Chunk, ...], int, bool], Embeds] = {}
-        device = pipeline._execution_device
         # As in diffusers' pipelines, clip_skip is for the positive prompt alone.
         self._positive = [
             self._clip(tokenizer, encoder, device, skip, truncate) for tokenizer, encoder in clips(pipeline)
