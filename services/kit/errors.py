@@ -19,6 +19,7 @@ CODES: dict[Kind, grpc.StatusCode] = {
     Kind.DEADLINE: grpc.StatusCode.DEADLINE_EXCEEDED,
     Kind.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
     Kind.FAILED_PRECONDITION: grpc.StatusCode.FAILED_PRECONDITION,
+    Kind.CANCELLED: grpc.StatusCode.CANCELLED,
     Kind.INTERNAL: grpc.StatusCode.INTERNAL,
 }
 

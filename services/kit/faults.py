@@ -20,6 +20,7 @@ class Kind(enum.StrEnum):
     DEADLINE = "deadline"  # it cannot finish in the time the caller gives
     UNAVAILABLE = "unavailable"  # loading, draining, engine lost, no endpoint; retry is safe
     FAILED_PRECONDITION = "failed_precondition"  # this node lacks what it takes, such as the hardware
+    CANCELLED = "cancelled"  # somebody cancelled the work; said of operations, not of calls
     INTERNAL = "internal"  # a defect of ours
 
 

@@ -71,6 +71,7 @@ class ServiceServer:
 
     register: adds the servicers to the server and answers their full service names, which reflection lists and whose
     health follows the engine's readiness. host: None for a service without an engine, which sets its own health.
+    on_drain: called once no new call is taken, to end calls that would otherwise go on for the whole grace.
     lifespan: entered before the server takes its first call and left after it has ended its last one.
     """
 
@@ -83,6 +84,7 @@ class ServiceServer:
         host: EngineHost | None,
         register: Callable[[grpc.aio.Server], Sequence[str]],
         lifespan: Callable[[Health], contextlib.AbstractAsyncContextManager[None]] | None = None,
+        on_drain: Callable[[], None] | None = None,
     ) -> None:
         self.name = name
         self.settings = settings
@@ -93,6 +95,7 @@ class ServiceServer:
         self.health = Health()
         self._register = register
         self._lifespan = lifespan
+        self._on_drain = on_drain
         self._boundary = Boundary(metrics, max_message_bytes=settings.max_message_bytes)
         self._server: grpc.aio.Server | None = None
         self._exits = contextlib.AsyncExitStack()
@@ -158,6 +161,8 @@ class ServiceServer:
         self.metrics.ready.set(0)
         await asyncio.sleep(self.settings.drain_delay_s)
         self._boundary.draining = True
+        if self._on_drain is not None:
+            self._on_drain()
         try:
             async with asyncio.timeout(self.settings.drain_grace_s if grace_s is None else grace_s):
                 await self._boundary.wait_idle()
