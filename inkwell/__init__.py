@@ -8,6 +8,7 @@ with Client("localhost:50050") as client:
 """
 
 from inkwell.aio import AsyncClient
+from inkwell.aio_operation import AsyncOperation
 from inkwell.client import Client
 from inkwell.embedded import embedded_parameters
 from inkwell.errors import (
@@ -26,6 +27,7 @@ from inkwell.errors import (
     Unavailable,
     Unimplemented,
 )
+from inkwell.operation import Operation
 from inkwell.repeating import repeat_options
 from inkwell.types import (
     Adapter,
@@ -70,6 +72,9 @@ from inkwell.types import (
     Model,
     ModelState,
     OcrModel,
+    OperationDone,
+    OperationEvent,
+    OperationProgress,
     Outpaint,
     PageRead,
     PageStarted,
@@ -110,6 +115,7 @@ __all__ = [
     "Adapter",
     "AdapterKind",
     "AsyncClient",
+    "AsyncOperation",
     "Cancelled",
     "Client",
     "Control",
@@ -159,6 +165,10 @@ __all__ = [
     "ModelState",
     "NotFound",
     "OcrModel",
+    "Operation",
+    "OperationDone",
+    "OperationEvent",
+    "OperationProgress",
     "Outpaint",
     "Overloaded",
     "PageRead",

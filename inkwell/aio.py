@@ -2,10 +2,13 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
-from typing import Literal, Unpack, overload
+from typing import Any, Literal, Unpack, overload
+
+from google.longrunning import operations_pb2
 
 from inkwell import types
 from inkwell.aio_calls import last
+from inkwell.aio_operation import AsyncOperation
 from inkwell.aio_reader import AsyncReader
 from inkwell.converters import inventory, paint
 from inkwell.converters.asking import attach, generate_request
@@ -13,6 +16,7 @@ from inkwell.converters.inventory import Service
 from inkwell.diffusion.v1 import diffusion_pb2, diffusion_pb2_grpc
 from inkwell.errors import Unimplemented
 from inkwell.gateway.v1 import gateway_pb2_grpc
+from inkwell.longrunning import list_request
 from inkwell.ocr.v1 import ocr_pb2
 
 
@@ -159,6 +163,28 @@ class AsyncClient(AsyncReader):
         method = self._diffusion().UnloadModel if service == "diffusion" else self._ocr().UnloadModel
         answer, _ = await self._unary(method, request, timeout_s)
         return inventory.model(answer.model)
+
+    # --- operations ------------------------------------------------------------------------------------------------
+
+    async def operation(self, name: str, *, timeout_s: float | None = None) -> AsyncOperation[Any]:
+        """An operation by its name; see `Client.operation`."""
+        request = operations_pb2.GetOperationRequest(name=name)
+        answer, _ = await self._unary(self._operations().GetOperation, request, timeout_s)
+        return AsyncOperation(self, answer)
+
+    async def operations(
+        self, service: str = "compiler", *, done: bool | None = None, timeout_s: float | None = None
+    ) -> list[AsyncOperation[Any]]:
+        """The operations of a service, newest first; see `Client.operations`."""
+        found: list[AsyncOperation[Any]] = []
+        page_token = ""
+        while True:
+            request = list_request(service, done, page_token)
+            answer, _ = await self._unary(self._operations().ListOperations, request, timeout_s)
+            found += [AsyncOperation(self, message) for message in answer.operations]
+            page_token = answer.next_page_token
+            if not page_token:
+                return found
 
     def _diffusion(self) -> diffusion_pb2_grpc.DiffusionServiceStub:
         return diffusion_pb2_grpc.DiffusionServiceStub(self._channel())

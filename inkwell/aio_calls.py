@@ -14,7 +14,9 @@ from inkwell.channel import DEFAULT_TIMEOUT_S, call_metadata, open_aio_channel, 
 from inkwell.converters import shared
 from inkwell.errors import TooLarge, error_from_rpc
 from inkwell.files import load
+from inkwell.longrunning import OperationsStub
 from inkwell.ocr.v1 import ocr_pb2, ocr_pb2_grpc
+from inkwell.operations.v1 import operations_pb2_grpc
 
 Event = TypeVar("Event")
 
@@ -63,6 +65,12 @@ class AsyncCalls:
         if self._opened is None:
             self._opened = open_aio_channel(self._target, self._credentials)
         return self._opened
+
+    def _operations(self) -> OperationsStub:
+        return OperationsStub(self._channel())
+
+    def _watch(self) -> operations_pb2_grpc.OperationsWatchServiceStub:
+        return operations_pb2_grpc.OperationsWatchServiceStub(self._channel())
 
     async def _prepare(self) -> None:
         if self._wait_for_ready_s is not None:

@@ -15,7 +15,9 @@ from inkwell.diffusion.v1 import diffusion_pb2_grpc
 from inkwell.errors import TooLarge, error_from_rpc
 from inkwell.files import load
 from inkwell.gateway.v1 import gateway_pb2_grpc
+from inkwell.longrunning import OperationsStub
 from inkwell.ocr.v1 import ocr_pb2, ocr_pb2_grpc
+from inkwell.operations.v1 import operations_pb2_grpc
 
 Event = TypeVar("Event")
 
@@ -52,6 +54,8 @@ class Calls:
         self._ocr = ocr_pb2_grpc.OcrServiceStub(self._channel)
         self._diffusion = diffusion_pb2_grpc.DiffusionServiceStub(self._channel)
         self._gateway = gateway_pb2_grpc.GatewayServiceStub(self._channel)
+        self._operations = OperationsStub(self._channel)
+        self._watch = operations_pb2_grpc.OperationsWatchServiceStub(self._channel)
 
     def __enter__(self) -> Self:
         return self

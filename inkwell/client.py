@@ -1,7 +1,9 @@
 """The blocking client."""
 
 from collections.abc import Callable, Generator
-from typing import Literal, Unpack, overload
+from typing import Any, Literal, Unpack, overload
+
+from google.longrunning import operations_pb2
 
 from inkwell import types
 from inkwell.calls import last
@@ -10,7 +12,9 @@ from inkwell.converters.asking import attach, generate_request
 from inkwell.converters.inventory import Service
 from inkwell.diffusion.v1 import diffusion_pb2
 from inkwell.errors import Unimplemented
+from inkwell.longrunning import list_request
 from inkwell.ocr.v1 import ocr_pb2
+from inkwell.operation import Operation
 from inkwell.reader import Reader
 
 
@@ -155,3 +159,25 @@ class Client(Reader):
         method = self._diffusion.UnloadModel if service == "diffusion" else self._ocr.UnloadModel
         answer, _ = self._unary(method, request, timeout_s)
         return inventory.model(answer.model)
+
+    # --- operations ------------------------------------------------------------------------------------------------
+
+    def operation(self, name: str, *, timeout_s: float | None = None) -> Operation[Any]:
+        """An operation by its name, such as "operations/compiler/6f1c…"; raises NotFound."""
+        request = operations_pb2.GetOperationRequest(name=name)
+        answer, _ = self._unary(self._operations.GetOperation, request, timeout_s)
+        return Operation(self, answer)
+
+    def operations(
+        self, service: str = "compiler", *, done: bool | None = None, timeout_s: float | None = None
+    ) -> list[Operation[Any]]:
+        """The operations of a service, newest first. done: only those that are, or are not, done; None for all."""
+        found: list[Operation[Any]] = []
+        page_token = ""
+        while True:
+            request = list_request(service, done, page_token)
+            answer, _ = self._unary(self._operations.ListOperations, request, timeout_s)
+            found += [Operation(self, message) for message in answer.operations]
+            page_token = answer.next_page_token
+            if not page_token:
+                return found

@@ -62,6 +62,7 @@ from inkwell.types.inventory import (
     Preprocessor,
     Scheduler,
 )
+from inkwell.types.operations import OperationDone, OperationEvent, OperationProgress
 from inkwell.types.painting import (
     ControlParameters,
     GenerationParameters,
@@ -126,6 +127,9 @@ __all__ = [
     "Model",
     "ModelState",
     "OcrModel",
+    "OperationDone",
+    "OperationEvent",
+    "OperationProgress",
     "Outpaint",
     "PageRead",
     "PageStarted",

@@ -14,6 +14,7 @@ from inkwell.converters.read import ReadOptions
 from inkwell.diffusion.v1 import diffusion_pb2
 from inkwell.gateway.v1 import gateway_pb2
 from inkwell.ocr.v1 import ocr_pb2
+from inkwell.operations.v1 import operations_pb2
 from inkwell.types import PaintOptions
 
 # Message → dataclass with the same fields.
@@ -99,6 +100,11 @@ def test_results_have_at_least_the_fields_of_their_message(message: Any, kind: t
     assert names_of(kind) == fields_of(message) | more
 
 
+def test_the_progress_of_an_operation_has_all_that_its_messages_have() -> None:
+    nested = fields_of(operations_pb2.OperationProgress) - {"progress"} | fields_of(common_pb2.Progress)
+    assert names_of(inkwell.OperationProgress) == nested | {"sequence"}
+
+
 def test_every_event_has_its_dataclass() -> None:
     def events(message: Any) -> set[str]:
         return {field.name for field in message.DESCRIPTOR.oneofs_by_name["event"].fields}
@@ -109,6 +115,7 @@ def test_every_event_has_its_dataclass() -> None:
     }  # fmt: skip
     assert events(ocr_pb2.LoadModelResponse) == {"progress", "result"}
     assert events(diffusion_pb2.LoadModelResponse) == {"progress", "result"}
+    assert events(operations_pb2.WatchResponse) == {"queued", "started", "progress", "done"}
     assert events(diffusion_pb2.GenerateResponse) == {"queued", "started", "progress", "preview", "result"}
 
 
@@ -137,7 +144,7 @@ def test_every_request_field_can_be_given() -> None:
 def test_every_call_has_a_method() -> None:
     calls = {
         f"{service.name}.{method.name}"
-        for module in (ocr_pb2, diffusion_pb2, gateway_pb2)
+        for module in (ocr_pb2, diffusion_pb2, gateway_pb2, operations_pb2)
         for service in module.DESCRIPTOR.services_by_name.values()
         for method in service.methods
     }
@@ -158,6 +165,7 @@ def test_every_call_has_a_method() -> None:
         "DiffusionService.ListAdapters",  # adapters
         "DiffusionService.ListControls",  # controls
         "GatewayService.ListPools",  # fleet
+        "OperationsWatchService.Watch",  # operation(…).events
     }
 
 
