@@ -17,6 +17,7 @@ from benchmarks._bars import Bar, at_least
 from services.runtimes import input_ranges, torch_trocr
 from services.runtimes.hardware import detect
 from services.runtimes.precision import Precision, StoredInt8, apply_precision, attach, refusal, weight_bytes
+from services.runtimes.trocr_rows import Rows
 
 ROUNDS = 5
 STEPS = 12
@@ -81,12 +82,12 @@ def _work(networks: torch_trocr.TrocrModel, pixels: torch.Tensor, images: int, r
     """Encode so many images or, with rows, decode STEPS tokens for so many rows."""
     if not rows:
         return lambda: _drop(networks.encode(pixels[:images]))
-    states = networks.encode(pixels[:1]).expand(rows, -1, -1).contiguous()
+    encoded = networks.encode(pixels[:1].expand(rows, -1, -1, -1))
     tokens = list(range(5, 5 + rows))
 
     def decode() -> None:
-        under_way = torch_trocr.Rows(networks)
-        under_way.join(states)
+        under_way = Rows(networks)
+        under_way.join(encoded)
         for _ in range(STEPS):
             under_way.step(tokens)
 

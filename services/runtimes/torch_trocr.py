@@ -6,8 +6,8 @@ alone, up to the last bits of floating point.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,9 +21,8 @@ from services.runtimes.checkpoints import CheckpointError, read_config, require_
 from services.runtimes.hardware import Hardware
 from services.runtimes.precision import Precision, apply_precision, parameter_count, refusal, weight_bytes
 from services.runtimes.torch_speed import can_pack, pack_linears, packs_many_rows
+from services.runtimes.trocr_rows import Encoded, Step
 
-_FIRST_LENGTH = 64
-_FIRST_ROWS = 4
 # A head that no reading needs: original TrOCR checkpoints come without it.
 _UNUSED_WEIGHTS = ("encoder.pooler.",)
 _HEAD = "decoder.output_projection.weight"
@@ -91,7 +90,10 @@ def load(
 
 
 class TrocrModel:
-    """The two networks of one model, for inference."""
+    """The two networks of one model, for inference: trocr_rows.Networks."""
+
+    runtime = "torch"
+    reads_whole_past = False
 
     def __init__(self, model: VisionEncoderDecoderModel) -> None:
         """Takes the model over: on a processor its linear layers are replaced by faster ones.
@@ -121,7 +123,8 @@ class TrocrModel:
         decoder = model.decoder.model.decoder
         self._embed_tokens = decoder.embed_tokens
         self._embedding_norm: nn.Module = decoder.layernorm_embedding or nn.Identity()
-        self.layers: list[Any] = list(decoder.layers)
+        self._layers: list[Any] = list(decoder.layers)
+        self.layer_count = len(self._layers)
         self.head_count: int = config.decoder_attention_heads
         self.head_size: int = config.hidden_size // config.decoder_attention_heads
         self.channels = int(getattr(model.config.encoder, "num_channels", 3))
@@ -129,7 +132,7 @@ class TrocrModel:
         # Vision transformers of all families call it so; encoders that pool instead (Swin) have none.
         self.has_class_token = any(name.endswith("cls_token") for name, _ in model.encoder.named_parameters())
         self._pad_id: int = config.pad_token_id if config.pad_token_id is not None else -1
-        self._positions, self._first_position = _position_table(decoder, config, self.device, self.dtype)
+        self._positions, self._first_position = position_table(decoder, config, self.device, self.dtype)
         self._learned_positions: bool = config.use_learned_position_embeddings
 
     def states(self, pixel_values: Tensor) -> Tensor:
@@ -141,153 +144,43 @@ class TrocrModel:
         states: Tensor = self._encoder(pixel_values=pixels, return_dict=True)[0]
         return states
 
-    def encode(self, pixel_values: Tensor) -> Tensor:
-        """Preprocessed images as in `states` to what the decoder looks at, [images, tokens, width of the decoder]."""
-        projected: Tensor = self._projection(self.states(pixel_values))
-        return projected
+    def encode(self, pixel_values: Tensor) -> Encoded:
+        """Preprocessed images as in `states` to what the decoder looks at."""
+        seen: Tensor = self._projection(self.states(pixel_values))
+        return Encoded(seen.shape[0], seen.shape[1], partial(self._write_cross, seen))
 
-    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Input of the first layer [rows, width] for one token a row, each at its own position (both int64 [rows])."""
-        rows = self._first_position + positions
-        if not self._learned_positions:
-            # The sinusoidal table gives padding tokens no position, wherever they stand.
-            rows = torch.where(tokens == self._pad_id, self._pad_id, rows)
-        hidden: Tensor = self._embedding_norm(self._embed_tokens(tokens) + self._positions[rows])
-        return hidden
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Output of the last layer [rows, width] to scores over the vocabulary, float32 [rows, tokens]."""
-        scores: Tensor = self._head(hidden).float()
-        return scores
-
-
-def _position_table(decoder: Any, config: Any, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, int]:
-    """The position embeddings [positions, width] and the index in it of a row's first token."""
-    embedding = decoder.embed_positions
-    if config.use_learned_position_embeddings:
-        return embedding.weight, int(embedding.offset)
-    # Not the module's own table: loading leaves that one without content, because it is no parameter.
-    first = config.pad_token_id + 1
-    table = embedding.get_embedding(config.max_position_embeddings + first, config.hidden_size, config.pad_token_id)
-    return table.to(device, dtype), first
-
-
-class Rows:
-    """The rows that a model is decoding: their caches, positions and the images they look at.
-
-    Rows 0 … count-1 and images 0 … image_count-1 are in use, without holes, so that attention runs on slices of
-    preallocated tensors. A row's keys and values lie at its own positions; a mask hides what is beyond. An image's
-    cross-attention keys and values are computed once and shared by its rows.
-    """
-
-    def __init__(self, model: TrocrModel) -> None:
-        self._model = model
-        self._layers = len(model.layers)
-        # [layers, 2 (keys, values), rows, heads, length, head size]
-        self._past = self._empty(_FIRST_ROWS, _FIRST_LENGTH)
-        # [layers, 2, images, heads, patches, head size]; its shape is known with the first image
-        self._cross: Tensor | None = None
-        self._row_positions: list[int] = []
-        self._row_images: list[int] = []
-        self._image_count = 0
-        self._places: Tensor
-        self._positions: Tensor
-        self._seat()
-
-    @property
-    def count(self) -> int:
-        """Rows in use."""
-        return len(self._row_positions)
-
-    @property
-    def image_count(self) -> int:
-        """Images in use."""
-        return self._image_count
-
-    def join(self, states: Tensor) -> list[int]:
-        """Add images (encoder states [images, patches, width]) with one row each, at position 0; answers the rows.
-
-        An image's number is image_count before the call, plus its place.
-        """
-        model = self._model
-        images, patches, _ = states.shape
-        shape = (images, patches, model.head_count, model.head_size)
-        used = self._image_count
-        self._grow_cross(used + images, patches)
-        assert self._cross is not None
-        for layer, cache in zip(model.layers, self._cross, strict=True):
-            # Straight to their places: together these are the largest tensors there are.
-            for projection, places in zip((layer.encoder_attn.k_proj, layer.encoder_attn.v_proj), cache, strict=True):
-                places[used : used + images] = projection(states).view(shape).transpose(1, 2)
-        rows = list(range(self.count, self.count + images))
-        self._row_positions += [0] * images
-        self._row_images += range(used, used + images)
-        self._image_count += images
-        self._grow(self.count, 1)
-        self._seat()
-        return rows
-
-    def step(self, tokens: Sequence[int]) -> Tensor:
-        """Feed one token to every row and move each one position on; answers scores, float32 [rows, vocabulary].
-
-        The model's position_limit bounds a row's steps.
-        """
-        model = self._model
-        count = self.count
-        length = max(self._row_positions) + 1
-        self._grow(count, length)
-        positions = self._positions
+    def step(self, step: Step) -> Tensor:
+        """Write the tokens' keys and values into `past`; answers scores, float32 [rows, vocabulary]."""
+        length = step.longest + 1
         mask = None
-        if min(self._row_positions) + 1 < length:
-            beyond = self._places[:length] > positions[:, None]
-            mask = torch.zeros((count, length), dtype=model.dtype, device=model.device)
+        if step.shortest + 1 < length:
+            beyond = step.places[:length] > step.positions[:, None]
+            mask = torch.zeros(beyond.shape, dtype=self.dtype, device=self.device)
             mask = mask.masked_fill_(beyond, -math.inf)[:, None, None, :]
-        hidden = model.embed(torch.tensor(tokens, device=model.device), positions)
-        for index, layer in enumerate(model.layers):
-            attended = self._attend_self(index, layer.self_attn, hidden, length, mask)
+        hidden = self._embed(step.tokens, step.positions)
+        for index, layer in enumerate(self._layers):
+            attended = self._attend_self(step, index, layer.self_attn, hidden, mask)
             hidden = layer.self_attn_layer_norm(hidden + attended)
-            attended = self._attend_cross(index, layer.encoder_attn, hidden)
+            attended = self._attend_cross(step, index, layer.encoder_attn, hidden)
             hidden = layer.encoder_attn_layer_norm(hidden + attended)
             widened = layer.activation_fn(layer.fc1(hidden))
             hidden = layer.final_layer_norm(hidden + layer.fc2(widened))
-        self._row_positions = [position + 1 for position in self._row_positions]
-        self._positions = positions + 1
-        return model.logits(hidden)
+        scores: Tensor = self._head(hidden).float()
+        return scores
 
-    def rearrange(self, groups: Sequence[tuple[int, Sequence[int]]]) -> list[tuple[int, list[int]]]:
-        """Keep only these: for each image its number and, for each row it is to have, the row to continue from.
+    def _write_cross(self, seen: Tensor, cross: Tensor) -> None:
+        """Cross-attention keys and values of what the encoder has seen, straight to their places."""
+        shape = (*seen.shape[:2], self.head_count, self.head_size)
+        for layer, cache in zip(self._layers, cross, strict=True):
+            for projection, places in zip((layer.encoder_attn.k_proj, layer.encoder_attn.v_proj), cache, strict=True):
+                places[:] = projection(seen).view(shape).transpose(1, 2)
 
-        A row may be continued by several; rows and images that are not named are gone. Answers for each image its
-        number and rows from now on, in the order asked.
-        """
-        wanted = [source for _, sources in groups for source in sources]
-        if wanted == list(range(self.count)) and [image for image, _ in groups] == list(range(self._image_count)):
-            return [(image, list(sources)) for image, sources in groups]
-        rows = _seats(wanted)
-        images = _seats([image for image, _ in groups])
-        length = max((self._row_positions[source] for source in wanted), default=0)
-        self._grow(len(wanted), length)
-        _move(self._past[..., :length, :], wanted, rows)
-        if self._cross is not None:
-            _move(self._cross, [image for image, _ in groups], images)
-        positions, row_images, placed = [0] * len(rows), [0] * len(rows), []
-        taken = iter(zip(rows, wanted, strict=True))
-        for image, (_, sources) in zip(images, groups, strict=True):
-            own = []
-            for row, source in (next(taken) for _ in sources):
-                positions[row], row_images[row] = self._row_positions[source], image
-                own.append(row)
-            placed.append((image, own))
-        self._row_positions, self._row_images, self._image_count = positions, row_images, len(images)
-        self._seat()
-        return placed
-
-    def _attend_self(self, index: int, attention: Any, hidden: Tensor, length: int, mask: Tensor | None) -> Tensor:
-        model, count = self._model, hidden.shape[0]
-        shape = (count, model.head_count, model.head_size)
-        keys, values = self._past[index]
-        keys[self._row_numbers, :, self._positions] = attention.k_proj(hidden).view(shape)
-        values[self._row_numbers, :, self._positions] = attention.v_proj(hidden).view(shape)
+    def _attend_self(self, step: Step, index: int, attention: Any, hidden: Tensor, mask: Tensor | None) -> Tensor:
+        count, length = hidden.shape[0], step.longest + 1
+        shape = (count, self.head_count, self.head_size)
+        keys, values = step.past[index]
+        keys[step.row_numbers, :, step.positions] = attention.k_proj(hidden).view(shape)
+        values[step.row_numbers, :, step.positions] = attention.v_proj(hidden).view(shape)
         attended = scaled_dot_product_attention(
             attention.q_proj(hidden).view(*shape[:2], 1, shape[2]),
             keys[:count, :, :length],
@@ -298,91 +191,38 @@ class Rows:
         out: Tensor = attention.out_proj(attended.reshape(count, -1))
         return out
 
-    def _attend_cross(self, index: int, attention: Any, hidden: Tensor) -> Tensor:
-        assert self._cross is not None
-        model, count = self._model, hidden.shape[0]
-        keys, values = self._cross[index]
+    def _attend_cross(self, step: Step, index: int, attention: Any, hidden: Tensor) -> Tensor:
+        keys, values = step.cross[index]
         query = attention.q_proj(hidden)
         # Rows of one image are queries of one attention problem: [images, heads, rows of the image, head size].
-        if self._grid is not None:
-            query = query[self._grid]
-        query = query.view(self._image_count, -1, model.head_count, model.head_size).transpose(1, 2)
+        if step.grid is not None:
+            query = query[step.grid]
+        query = query.view(step.image_count, -1, self.head_count, self.head_size).transpose(1, 2)
         attended = scaled_dot_product_attention(
-            query, keys[: self._image_count], values[: self._image_count], scale=attention.scaling
+            query, keys[: step.image_count], values[: step.image_count], scale=attention.scaling
         )
-        attended = attended.transpose(1, 2).reshape(-1, model.head_count * model.head_size)
-        if self._grid is not None:
-            attended = attended[self._grid_places]
-        out: Tensor = attention.out_proj(attended.view(count, -1))
+        attended = attended.transpose(1, 2).reshape(-1, self.head_count * self.head_size)
+        if step.grid_places is not None:
+            attended = attended[step.grid_places]
+        out: Tensor = attention.out_proj(attended.view(hidden.shape[0], -1))
         return out
 
-    def _seat(self) -> None:
-        """Rebuild the index tensors after rows or images changed."""
-        device = self._model.device
-        self._row_numbers = torch.arange(self.count, device=device)
-        self._positions = torch.tensor(self._row_positions, dtype=torch.int64, device=device)
-        self._places = torch.arange(self._past.shape[4], device=device)
-        # Which row is the n-th of each image, [images * most rows of one]; None when it is row = image.
-        self._grid: Tensor | None = None
-        if self._row_images != list(range(self._image_count)):
-            own: list[list[int]] = [[] for _ in range(self._image_count)]
-            places = []
-            for row, image in enumerate(self._row_images):
-                places.append((image, len(own[image])))
-                own[image].append(row)
-            most = max(map(len, own))
-            # Images with fewer rows are filled up with a row whose result nobody takes.
-            self._grid = torch.tensor([row for rows in own for row in rows + rows[:1] * (most - len(rows))]).to(device)
-            self._grid_places = torch.tensor([image * most + place for image, place in places]).to(device)
-
-    def _grow(self, rows: int, length: int) -> None:
-        has_rows, has_length = self._past.shape[2], self._past.shape[4]
-        if rows <= has_rows and length <= has_length:
-            return
-        new_rows = has_rows if rows <= has_rows else max(rows, 2 * has_rows)
-        new_length = has_length if length <= has_length else max(length, 2 * has_length)
-        past = self._empty(new_rows, min(new_length, self._model.position_limit))
-        past[:, :, :has_rows, :, :has_length] = self._past
-        self._past = past
-        self._places = torch.arange(past.shape[4], device=past.device)
-
-    def _grow_cross(self, images: int, patches: int) -> None:
-        has = 0 if self._cross is None else self._cross.shape[2]
-        if images <= has:
-            return
-        model = self._model
-        shape = (self._layers, 2, max(images, 2 * has, _FIRST_ROWS), model.head_count, patches, model.head_size)
-        grown = torch.empty(shape, dtype=model.dtype, device=model.device)
-        if self._cross is not None:
-            grown[:, :, : self._image_count] = self._cross[:, :, : self._image_count]
-        self._cross = grown
-
-    def _empty(self, rows: int, length: int) -> Tensor:
-        model = self._model
-        shape = (self._layers, 2, rows, model.head_count, min(length, model.position_limit), model.head_size)
-        # Zeros, because masked places are still multiplied, and zero times an uninitialised NaN is NaN.
-        return torch.zeros(shape, dtype=model.dtype, device=model.device)
+    def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Input of the first layer [rows, width] for one token a row, each at its own position (both int64 [rows])."""
+        rows = self._first_position + positions
+        if not self._learned_positions:
+            # The sinusoidal table gives padding tokens no position, wherever they stand.
+            rows = torch.where(tokens == self._pad_id, self._pad_id, rows)
+        hidden: Tensor = self._embedding_norm(self._embed_tokens(tokens) + self._positions[rows])
+        return hidden
 
 
-def _seats(sources: Sequence[int]) -> list[int]:
-    """A place below len(sources) for each source, its own where that is free, so that little has to be moved.
-
-    A place other than the source's own is never a source too: the first to ask for a source below len(sources) stays
-    there.
-    """
-    places: list[int | None] = [None] * len(sources)
-    free = set(range(len(sources)))
-    for index, source in enumerate(sources):
-        if source in free:
-            places[index] = source
-            free.remove(source)
-    rest = iter(sorted(free))
-    return [next(rest) if place is None else place for place in places]
-
-
-def _move(cache: Tensor, sources: Sequence[int], places: Sequence[int]) -> None:
-    """Copy rows (dimension 2) of a cache to places out of `_seats`."""
-    for source, place in zip(sources, places, strict=True):
-        if source != place:
-            # One by one: gathering them first takes memory as large again, and up to seven times as long.
-            cache[:, :, place] = cache[:, :, source]
+def position_table(decoder: Any, config: Any, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """The position embeddings [positions, width] and the index in it of a row's first token."""
+    embedding = decoder.embed_positions
+    if config.use_learned_position_embeddings:
+        return embedding.weight, int(embedding.offset)
+    # Not the module's own table: loading leaves that one without content, because it is no parameter.
+    first = config.pad_token_id + 1
+    table = embedding.get_embedding(config.max_position_embeddings + first, config.hidden_size, config.pad_token_id)
+    return table.to(device, dtype), first

@@ -18,7 +18,7 @@ from services.ocr.engine.blank import is_blank
 from services.ocr.engine.model import ReadingModel, Ruling
 from services.ocr.engine.repetition import goes_round
 from services.ocr.engine.search import Beam, Candidates, Search
-from services.runtimes.torch_trocr import Rows
+from services.runtimes.trocr_rows import Rows
 
 _encoder = msgspec.msgpack.Encoder()
 

@@ -253,7 +253,7 @@ def test_the_rounded_weights_are_kept_exactly(static_folder: Path, tiny_folder: 
         networks = lane_in(engine_with(folder, wanted)).model.networks
         prepared = lane_in(engine_with(folder, wanted)).model.prepare([LINES[0]])
         with torch.inference_mode():
-            logits.append(networks.encode(prepared))
+            logits.append(networks.states(prepared))
     torch.testing.assert_close(logits[0], logits[1], atol=1e-4, rtol=1e-4)
     assert not torch.allclose(logits[0], logits[2], atol=1e-3)
 
