@@ -84,6 +84,7 @@ def command(
 
     # Late: the checks above answer at once, this takes seconds.
     from services.ocr.engine.main import create_engine
+    from services.runtimes import checkpoints
     from services.runtimes.checkpoints import CheckpointError
 
     try:
@@ -96,7 +97,7 @@ def command(
     found = Calibration(
         format=calibration.FORMAT,
         quantity=QUANTITY,
-        weights_sha256=calibration.weights_sha256(model),
+        weights_sha256=checkpoints.weights_sha256(model),
         fitted_on=datetime.now(UTC).date().isoformat(),
         data=tuple(folder.resolve().name for folder in folders),
         line_count=greedy.line_count,

@@ -1,6 +1,7 @@
 """Where a checkpoint comes from: a folder, or a hub repository at a pinned revision."""
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -121,3 +122,13 @@ def read_config(folder: Path) -> dict[str, Any]:
             " (VisionEncoderDecoderModel with TrOCRForCausalLM)"
         )
     return config
+
+
+def weights_sha256(folder: Path) -> str:
+    """SHA-256 over the folder's weight files in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin")):
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()

@@ -4,11 +4,12 @@ A model folder may bring `calibration.json`, which `python -m services.ocr.calib
 greedy and one for beam search, because a search among many texts finds one with a higher probability than it merits.
 """
 
-import hashlib
 from bisect import bisect_right
 from pathlib import Path
 
 import msgspec
+
+from services.runtimes.checkpoints import weights_sha256
 
 FILE = "calibration.json"
 FORMAT = 1
@@ -83,16 +84,6 @@ def read(folder: Path) -> Calibration | None:
     for name, line in (("greedy", found.greedy), ("beams", found.beams)):
         _check(line, f"{path}: {name}")
     return found if found.weights_sha256 == weights_sha256(folder) else None
-
-
-def weights_sha256(folder: Path) -> str:
-    """SHA-256 over the folder's weight files in the order of their names."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin")):
-        with path.open("rb") as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
-    return digest.hexdigest()
 
 
 def _check(line: Map, where: str) -> None:

@@ -17,6 +17,7 @@ from services.ocr.engine import calibration
 from services.ocr.engine.calibration import Calibration, CalibrationError, Error, Map
 from services.ocr.engine.main import create_engine
 from services.ocr.settings import Settings
+from services.runtimes import checkpoints
 from tests.support.reading import GREEDY, Reader, beams, scribble
 
 
@@ -85,7 +86,7 @@ TENTH = Map(((0.0, 0.0), (1.0, 0.1)))
 def model(tmp_path: Path, tiny_folder: Path) -> Path:
     """A folder with a calibration that greedy search halves and beam search takes a tenth of."""
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
-    write(folder, calibration.weights_sha256(folder))
+    write(folder, checkpoints.weights_sha256(folder))
     return folder
 
 
