@@ -91,14 +91,11 @@ def plan(
     axes: Collection[Axis],
     precision: ArtifactPrecision,
     machine: Machine,
-    *,
-    largest: Mapping[str, int] | None = None,
-    typical: Mapping[str, int] | None = None,
 ) -> Plan:
     """How the engine of one graph will be built. file: the ONNX graph in its final precision.
 
-    largest: the most of each axis that is asked for, by name; typical: the size to tune for. Raises Fault
-    (FAILED_PRECONDITION) if the device cannot compute the precision, or if TensorRT does not take the graph's
+    axes: from the smallest to the largest size that the engine has to take, as the request bounded the export. Raises
+    Fault (FAILED_PRECONDITION) if the device cannot compute the precision, or if TensorRT does not take the graph's
     operators: the message names nodes and operators.
     """
     if precision not in PRECISIONS:
@@ -116,10 +113,7 @@ def plan(
             + "; ".join(map(str, operators.refusals[:5])),
             component=component,
         )
-    bounds = {
-        axis.name: sizes(axis, high=(largest or {}).get(axis.name), optimal=(typical or {}).get(axis.name))
-        for axis in axes
-    }
+    bounds = {axis.name: sizes(axis) for axis in axes}
     digest, weight_bytes = _digest(file)
     return Plan(
         component=component,

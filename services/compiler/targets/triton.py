@@ -15,7 +15,7 @@ from torch import Tensor
 from tritonclient.grpc import model_config_pb2
 
 from services.compiler.targets.axes import sizes
-from services.compiler.targets.onnx_parts import onnx_parts
+from services.compiler.targets.onnx_parts import has_scalars, onnx_parts, widen_scalars
 from services.kit.faults import failed_precondition
 from services.runtimes.artifacts.manifest import ArtifactPrecision, Axis, Graph, Port
 from services.runtimes.sessions.triton_ports import IDENTITY_PARAMETER, PORTS_PARAMETER, Ports, triton_dtype
@@ -139,18 +139,15 @@ def _describe(
             f"Triton's {backend} backend has no {port.dtype} tensors, and {port.name} is one; compile to float16, or to"
             " bfloat16 with float32 inputs and outputs",
         )
-    if not port.shape and backend == "openvino":
+    if not port.shape and backend != "onnxruntime":
         raise failed_precondition(
-            "TENSOR_NOT_SERVED", f"Triton's openvino backend takes no scalars, and {port.name} is one; compile to onnx"
+            "TENSOR_NOT_SERVED", f"Triton takes no scalars, and {port.name} is one; compile to onnx, which is rewritten"
         )
     described.data_type = model_config_pb2.DataType.Value(f"TYPE_{dtype}")
     shape = port.shape if axis is None else port.shape[1:]
-    if shape:
-        described.dims.extend(-1 if isinstance(size, str) else size for size in shape)
-    else:
-        # Triton knows no tensors without dimensions; it takes one element and hands the backend a scalar, or with a
-        # batch axis one element a row and hands on the row.
-        described.dims.append(1)
+    described.dims.extend([-1 if isinstance(size, str) else size for size in shape] or [1])
+    if axis is not None and not shape:
+        # Triton knows no tensors without dimensions; it takes one element a row, and hands the backend the row.
         described.reshape.SetInParent()
 
 
@@ -215,7 +212,10 @@ def _add_inputs(
 def _place(source: Path, target: Path) -> None:
     """Put a graph and the weights beside it where Triton looks for them; by a hard link where that is possible."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    _link(source, target)
+    if source.suffix == ".onnx" and has_scalars(source):
+        widen_scalars(source, target)
+    else:
+        _link(source, target)
     if source.suffix == ".xml":
         _link(source.with_suffix(".bin"), target.with_suffix(".bin"))
     elif source.suffix == ".onnx":

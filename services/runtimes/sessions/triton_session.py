@@ -31,8 +31,17 @@ from services.runtimes.sessions.triton_ports import (
 
 # For the questions that take no computing; a server that is up answers them in milliseconds.
 _ASK_SECONDS = 10.0
-_ATTEMPTS = 4
+# How long a server that is away, such as one that is started anew, is asked again.
+_AWAY_SECONDS = 10.0
 _FIRST_PAUSE_SECONDS = 0.1
+_LONGEST_PAUSE_SECONDS = 1.0
+_CHANNEL_OPTIONS = [
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    # By default gRPC waits a second and more before it connects again, and fails calls until then.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
 # Protobuf's own limit of a message is 2^31 - 1 bytes; names and shapes take a little of it.
 _MOST_BYTES = 2**31 - 1 - 2**20
 _SECURE = "grpcs://"
@@ -56,7 +65,9 @@ class TritonSession:
         self._address = options.triton_address
         self._timeout = options.triton_timeout_s
         secure = self._address.startswith(_SECURE)
-        self._client = InferenceServerClient(self._address.removeprefix(_SECURE), ssl=secure)
+        self._client = InferenceServerClient(
+            self._address.removeprefix(_SECURE), ssl=secure, channel_args=_CHANNEL_OPTIONS
+        )
         try:
             self._require_ready()
             config = self._ask(self._client.get_model_config).config
@@ -94,6 +105,9 @@ class TritonSession:
         for region in self._shared or ():
             region.close()
         self._client.close()
+        # Its finalizer closes it once more, and fails once the interpreter is being torn down.
+        self._shared = None
+        del self._client
 
     def _where(self) -> str:
         return f"Triton at {self._address}, model {self._model}"
@@ -243,23 +257,22 @@ class TritonSession:
 
     def _infer(self, inputs: list[InferInput], outputs: list[InferRequestedOutput]) -> Any:
         """One inference. It has no side effects, so that asking again is safe as long as no answer came."""
-        end = time.monotonic() + self._timeout
+        start = time.monotonic()
         pause = _FIRST_PAUSE_SECONDS
-        for attempt in range(1, _ATTEMPTS + 1):
-            left = end - time.monotonic()
+        while True:
+            left = self._timeout - (time.monotonic() - start)
             try:
                 result = self._client.infer(
                     self._model, inputs, self._version, outputs, client_timeout=max(0.001, left)
                 )
                 return result.get_response()
             except InferenceServerException as error:
+                spent = time.monotonic() - start
                 away = error.status() == "StatusCode.UNAVAILABLE"
-                if not away or attempt == _ATTEMPTS or left <= pause:
-                    tried = f" after {attempt} attempts" if attempt > 1 else ""
-                    raise SessionError(f"{self._where()}: {_told(error, self._timeout)}{tried}") from error
+                if not away or spent + pause > min(_AWAY_SECONDS, self._timeout):
+                    raise SessionError(f"{self._where()}: {_told(error, self._timeout)}") from error
             time.sleep(pause)
-            pause *= 2
-        raise AssertionError("the last attempt returns or raises")
+            pause = min(pause * 2, _LONGEST_PAUSE_SECONDS)
 
     def _received(self, response: Any, shared: Mapping[str, tuple[Region, int]]) -> dict[str, Tensor]:
         ports = {port.name: port for port in self.outputs}
