@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo up down test lint protos bench eval lock clean
+.PHONY: help demo up down test test-triton lint protos bench eval lock clean
 
 # Python 3.11 or newer; override with `make demo PYTHON=/path/to/python3`.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -16,7 +16,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check
 QUIET := --quiet --quiet
 
 help:  ## Show these lines
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed  ## Read a handwritten line and paint a picture, through all services, then stop them
 	@$(RUN) -m services.local demo
@@ -30,6 +30,14 @@ down:  ## Stop what `make up` started
 test: $(VENV)/.installed-dev  ## Run every test (ARGS="-k word" for some)
 	@echo "· running the tests"
 	@$(RUN) -m pytest $(ARGS)
+
+# A folder outside the checkout, so that `make clean` leaves it: about 450 MB.
+TRITONSERVER := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/inkwell/tritonserver-2.51
+
+test-triton: $(VENV)/.installed-dev  ## Run the tests that need NVIDIA's own tritonserver, fetching it once
+	@echo "· NVIDIA's tritonserver in $(TRITONSERVER)"
+	@mkdir -p $(dir $(TRITONSERVER)) && $(RUN) -m tests.support.nvidia_tritonserver $(TRITONSERVER)
+	@INKWELL_TRITONSERVER=$(TRITONSERVER) $(RUN) -m pytest tests/integration/test_tritonserver.py $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## Check style, types, imports between packages, and the protos
 	@echo "· ruff"; $(RUN) -m ruff check . && $(RUN) -m ruff format --check .
