@@ -110,6 +110,8 @@ class AsyncClient(AsyncReader):
         *,
         service: Literal["ocr"] = "ocr",
         precision: str | None = None,
+        artifact: str = "",
+        runtime: str = "",
         timeout_s: float | None = None,
         on_event: Callable[[types.LoadEvent], object] | None = None,
     ) -> types.OcrModel: ...
@@ -120,6 +122,8 @@ class AsyncClient(AsyncReader):
         name: str,
         *,
         service: Literal["diffusion"],
+        artifact: str = "",
+        runtime: str = "",
         timeout_s: float | None = None,
         on_event: Callable[[types.LoadEvent], object] | None = None,
     ) -> types.DiffusionModel: ...
@@ -130,20 +134,31 @@ class AsyncClient(AsyncReader):
         *,
         service: Service = "ocr",
         precision: str | None = None,
+        artifact: str = "",
+        runtime: str = "",
         timeout_s: float | None = None,
         on_event: Callable[[types.LoadEvent], object] | None = None,
     ) -> types.Model:
         """Load a model and wait until it serves; see `Client.load_model`."""
-        events = self.load_model_stream(name, service=service, precision=precision, timeout_s=timeout_s)
+        events = self.load_model_stream(
+            name, service=service, precision=precision, artifact=artifact, runtime=runtime, timeout_s=timeout_s
+        )
         result = await last(events, on_event)
         assert isinstance(result, types.LoadResult)
         return result.model
 
     def load_model_stream(
-        self, name: str, *, service: Service = "ocr", precision: str | None = None, timeout_s: float | None = None
+        self,
+        name: str,
+        *,
+        service: Service = "ocr",
+        precision: str | None = None,
+        artifact: str = "",
+        runtime: str = "",
+        timeout_s: float | None = None,
     ) -> AsyncGenerator[types.LoadEvent, None]:
         """The same as events, the result last; see `Client.load_model_stream`."""
-        request = inventory.load_request(name, precision, service)
+        request = inventory.load_request(name, service, precision=precision, artifact=artifact, runtime=runtime)
         method = self._diffusion().LoadModel if service == "diffusion" else self._ocr().LoadModel
         return self._stream(method, request, inventory.load_event, types.LoadResult, timeout_s)
 

@@ -100,6 +100,8 @@ class Client(Reader):
         *,
         service: Literal["ocr"] = "ocr",
         precision: str | None = None,
+        artifact: str = "",
+        runtime: str = "",
         timeout_s: float | None = None,
         on_event: Callable[[types.LoadEvent], object] | None = None,
     ) -> types.OcrModel: ...
@@ -110,6 +112,8 @@ class Client(Reader):
         name: str,
         *,
         service: Literal["diffusion"],
+        artifact: str = "",
+        runtime: str = "",
         timeout_s: float | None = None,
         on_event: Callable[[types.LoadEvent], object] | None = None,
     ) -> types.DiffusionModel: ...
@@ -120,6 +124,8 @@ class Client(Reader):
         *,
         service: Service = "ocr",
         precision: str | None = None,
+        artifact: str = "",
+        runtime: str = "",
         timeout_s: float | None = None,
         on_event: Callable[[types.LoadEvent], object] | None = None,
     ) -> types.Model:
@@ -128,18 +134,29 @@ class Client(Reader):
         service: "ocr" for a model that reads, "diffusion" for one that paints.
         precision: of a model that reads, see `Precision`; the server's setting if left out. When memory is short, the
             models used longest ago are unloaded. Through a gateway, this concerns the one endpoint that it chooses.
+        artifact: id, or its first digits, of the compiled model to run from; what the server chooses if left out.
+        runtime: "torch", "onnxruntime", "openvino", "tensorrt" or "triton"; the server's setting if left out.
         on_event: called with every event as it comes, the result last.
         """
-        events = self.load_model_stream(name, service=service, precision=precision, timeout_s=timeout_s)
+        events = self.load_model_stream(
+            name, service=service, precision=precision, artifact=artifact, runtime=runtime, timeout_s=timeout_s
+        )
         result = last(events, on_event)
         assert isinstance(result, types.LoadResult)
         return result.model
 
     def load_model_stream(
-        self, name: str, *, service: Service = "ocr", precision: str | None = None, timeout_s: float | None = None
+        self,
+        name: str,
+        *,
+        service: Service = "ocr",
+        precision: str | None = None,
+        artifact: str = "",
+        runtime: str = "",
+        timeout_s: float | None = None,
     ) -> Generator[types.LoadEvent, None, None]:
         """The same as events: stages of loading, the result last."""
-        request = inventory.load_request(name, precision, service)
+        request = inventory.load_request(name, service, precision=precision, artifact=artifact, runtime=runtime)
         method = self._diffusion.LoadModel if service == "diffusion" else self._ocr.LoadModel
         return self._stream(method, request, inventory.load_event, types.LoadResult, timeout_s)
 

@@ -135,6 +135,17 @@ def load(
             help="What the weights of a model that reads are computed with; else the server's setting.",
         ),
     ] = None,
+    artifact: Annotated[
+        str, typer.Option("--artifact", "-a", help="Run from this compiled model: its id, or the first digits.")
+    ] = "",
+    runtime: Annotated[
+        str,
+        typer.Option(
+            "--runtime",
+            "-r",
+            help="torch, onnxruntime, openvino, tensorrt or triton; else the server's setting.",
+        ),
+    ] = "",
     hardware: Hardware = None,
     timeout: Timeout = LONG_TIMEOUT_S,
     wait: Wait = None,
@@ -145,7 +156,16 @@ def load(
     from inkwell.cli import loading
 
     call(
-        lambda client: loading.load(client, name, service=service, precision=precision, as_json=json, quiet=quiet),
+        lambda client: loading.load(
+            client,
+            name,
+            service=service,
+            precision=precision,
+            artifact=artifact,
+            runtime=runtime,
+            as_json=json,
+            quiet=quiet,
+        ),
         AsyncClient(address, hardware=hardware, timeout_s=timeout, wait_for_ready_s=wait),
     )
 

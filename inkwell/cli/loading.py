@@ -13,14 +13,25 @@ from inkwell.errors import NotFound, Unimplemented
 
 
 async def load(
-    client: AsyncClient, name: str, *, service: Service | None, precision: str | None, as_json: bool, quiet: bool
+    client: AsyncClient,
+    name: str,
+    *,
+    service: Service | None,
+    precision: str | None,
+    artifact: str,
+    runtime: str,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Load and say what serves now; raises InkwellError."""
     result: types.LoadResult | None = None
     evicted: dict[str, None] = {}
     service = service or await _service_of(client, name)
     with terminal.live(quiet=quiet) as live:
-        async for event in client.load_model_stream(name, service=service, precision=precision):
+        events = client.load_model_stream(
+            name, service=service, precision=precision, artifact=artifact, runtime=runtime
+        )
+        async for event in events:
             match event:
                 case types.LoadProgress():
                     evicted |= dict.fromkeys(event.evicted_models)
@@ -35,7 +46,9 @@ async def load(
         report.json_line(dataclasses.asdict(model) | {"elapsed_ms": result.elapsed_ms, "evicted_models": list(evicted)})
     else:
         took = f"{result.elapsed_ms / 1000:.1f} s" if result.elapsed_ms else ""
-        what = ", ".join(filter(None, (precision_of(model), size(bytes_of(model)), took)))
+        # Torch is what a model runs on unless somebody compiled it.
+        runtime = model.runtime if model.runtime != "torch" else ""
+        what = ", ".join(filter(None, (runtime, precision_of(model), size(bytes_of(model)), took)))
         report.line(f"{model.name} is {model.state} on {model.hardware} ({what})")
 
 

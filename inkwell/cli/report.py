@@ -72,6 +72,8 @@ _OPTIONS = {
     "pooling": "--pooling",
     "dtype": "--dtype",
     "precision": "--precision",
+    "artifact": "--artifact",
+    "runtime": "--runtime",
     "name": "NAME",
     "model": "--model",
     "prompt": "PROMPT",

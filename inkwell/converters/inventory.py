@@ -52,19 +52,24 @@ def diffusion_model(message: diffusion_pb2.Model) -> types.DiffusionModel:
 
 
 def load_request(
-    name: str, precision: str | None, service: Service
+    name: str, service: Service, *, precision: str | None = None, artifact: str = "", runtime: str = ""
 ) -> ocr_pb2.LoadModelRequest | diffusion_pb2.LoadModelRequest:
-    """Raises InvalidRequest for a precision that there is not, or that the service does not take."""
+    """Raises InvalidRequest for a precision that there is not, and for what the service does not take."""
     _check(service)
     if service == "diffusion":
-        if precision is not None:
-            raise invalid("precision", "the models of the diffusion service have only that of its settings")
         painter = diffusion_pb2.LoadModelRequest()
         shared.assign(painter, "name", name)
+        for field, value in (("precision", precision), ("artifact", artifact), ("runtime", runtime)):
+            if value and field not in painter.DESCRIPTOR.fields_by_name:
+                raise invalid(field, "the models of the diffusion service have only that of its settings")
+            if value:
+                shared.assign(painter, field, value)
         return painter
     request = ocr_pb2.LoadModelRequest()
     shared.assign(request, "name", name)
     shared.assign(request, "precision", shared.choice("precision", precision, _PRECISION_NUMBERS))
+    shared.assign(request, "artifact", artifact)
+    shared.assign(request, "runtime", runtime)
     return request
 
 

@@ -39,6 +39,8 @@ class Precision(enum.StrEnum):
     """8-bit weights, everything computed in floating point."""
     INT8_STATIC = "int8_static"
     """8-bit weights, activations rounded by ranges measured beforehand; for models that bring them."""
+    INT4_WEIGHT_ONLY = "int4_weight_only"
+    """4-bit weights, everything computed in floating point; for artifacts of the compiler only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,8 @@ class OcrModel:
     """The languages it declares, as BCP 47 tags."""
     confidence_calibrated: bool = False
     embedding_width: int = 0
+    artifact: str = ""
+    """Id of the artifact that it runs from; empty where torch runs the model itself."""
 
 
 @dataclass(frozen=True, slots=True)

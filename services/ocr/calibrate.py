@@ -67,7 +67,7 @@ def command(
     ] = 4,
 ) -> None:
     """Fit the model's confidence to the share of right characters, and write calibration.json into its folder."""
-    settings = Settings(models={_NAME: str(model)}, default_model=_NAME, read_documents=False)
+    settings = Settings(models={_NAME: str(model)}, default_model=_NAME, read_documents=False, runtime="torch")
     limits = Limits(settings.max_image_bytes, settings.max_image_pixels, settings.min_image_side)
     labels: list[Label] = []
     problems: list[str] = []

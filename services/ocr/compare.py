@@ -26,11 +26,11 @@ from rich.table import Table
 
 from services.kit.engine_api import Engine
 from services.kit.images import Limits
-from services.ocr.domain import BEAM_WIDTH_MOST, EngineInfo, ModelInfo, Precision
+from services.ocr.domain import BEAM_WIDTH_MOST, EngineInfo, ModelInfo, TorchPrecision
 from services.ocr.evaluate import LABELS, BadFolder, Label, LineReport, evenly, read_labels, read_lines, settings_for
 from services.ocr.settings import Settings
 
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+PRECISIONS: tuple[TorchPrecision, ...] = get_args(TorchPrecision)
 # Of the lines scored, taken evenly, so many are read in each round of the comparison of speeds.
 ROUND_LINE_COUNT = 48
 RANGE_LINE_COUNT = 64
@@ -49,7 +49,7 @@ class Format(StrEnum):
 class Row:
     """One precision. Ratios are to float32; None where the machine cannot compute so, and `why_not` says why."""
 
-    precision: Precision
+    precision: TorchPrecision
     cer: float | None = None
     cer_change: float | None = None
     disk_bytes: int | None = None
@@ -102,7 +102,7 @@ def compare(
     with tempfile.TemporaryDirectory() as scratch:
         contenders, refusals = _contenders(settings, range_lines, Path(scratch))
 
-        def read(precision: Precision, labels: Sequence[Label]) -> list[LineReport]:
+        def read(precision: TorchPrecision, labels: Sequence[Label]) -> list[LineReport]:
             engine = contenders[precision].engine
             return read_lines(engine, labels, settings, model=settings.default_model_name, beam_width=beam_width)[1]
 
@@ -111,7 +111,7 @@ def compare(
             lines = read(precision, scored)
             cers[precision] = sum(line.edits for line in lines) / sum(len(line.text) for line in lines)
         timed = evenly(scored, ROUND_LINE_COUNT)
-        seconds: dict[Precision, list[float]] = {precision: [] for precision in contenders}
+        seconds: dict[TorchPrecision, list[float]] = {precision: [] for precision in contenders}
         for number in range(rounds):
             order = list(contenders)
             for precision in order[number % len(order) :] + order[: number % len(order)]:
@@ -155,7 +155,7 @@ def compare(
 
 def _contenders(
     settings: Settings, range_lines: Sequence[Label], scratch: Path
-) -> tuple[dict[Precision, _Contender], dict[Precision, str]]:
+) -> tuple[dict[TorchPrecision, _Contender], dict[TorchPrecision, str]]:
     """An engine for each precision that the machine can compute, and why it cannot compute the others."""
     from services.ocr.engine.main import create_engine
     from services.ocr.quantize import quantize
@@ -170,7 +170,7 @@ def _contenders(
         checkpoints.resolve(settings.models[name]), allow_pickled_weights=settings.allow_pickled_weights
     )
     sizes = _disk_bytes(source, settings)
-    contenders: dict[Precision, _Contender] = {}
+    contenders: dict[TorchPrecision, _Contender] = {}
     for precision in PRECISIONS:
         if precision in refusals:
             continue
@@ -182,6 +182,7 @@ def _contenders(
             update={
                 "models": {name: str(folder)},
                 "precision": precision,
+                "runtime": "torch",
                 "load_at_start": None,
                 "read_documents": False,
             }
@@ -193,7 +194,7 @@ def _contenders(
     return contenders, refusals
 
 
-def _disk_bytes(source: Path, settings: Settings) -> dict[Precision, int]:
+def _disk_bytes(source: Path, settings: Settings) -> dict[TorchPrecision, int]:
     """Bytes of the model's tensors saved at each precision."""
     from services.runtimes import int8, int8_folder, torch_trocr
     from services.runtimes.hardware import detect
@@ -208,7 +209,7 @@ def _disk_bytes(source: Path, settings: Settings) -> dict[Precision, int]:
     )
     whole = weight_bytes(model)
     rounded = int8_folder.tensor_bytes(model, int8.round_weights(model))
-    sizes: dict[Precision, int] = {}
+    sizes: dict[TorchPrecision, int] = {}
     for precision in PRECISIONS:
         sizes[precision] = whole if precision == "float32" else whole // 2 if "float" in precision else rounded
     return sizes

@@ -26,8 +26,12 @@ class Page(msgspec.Struct, frozen=True):
     pixels: bytes  # width * height * 3 bytes
 
 
-# What a model's weights are computed with; the int8 ones keep 8-bit weights.
-Precision = Literal["float32", "bfloat16", "float16", "int8_dynamic", "int8_weight_only", "int8_static"]
+# What torch computes a model's weights with; the int8 ones keep 8-bit weights.
+TorchPrecision = Literal["float32", "bfloat16", "float16", "int8_dynamic", "int8_weight_only", "int8_static"]
+# The same of any runtime.
+Precision = TorchPrecision | Literal["int4_weight_only"]
+# What computes a model; all but torch run artifacts of the compiler.
+Runtime = Literal["torch", "onnxruntime", "openvino", "tensorrt", "triton"]
 
 # When a beam search ends that has beam_width finished hypotheses: at once, when the best unfinished one cannot become
 # better by its present length, or only when it cannot by any length. In transformers: True, False, "never".
@@ -72,10 +76,12 @@ class LayoutJob(msgspec.Struct, frozen=True, tag=True):
 
 
 class LoadJob(msgspec.Struct, frozen=True, tag=True):
-    """Load a known model; nothing to do when it is loaded with that precision."""
+    """Load a known model; nothing to do when it is loaded so."""
 
     model: str
-    precision: Precision | None  # None: the setting's
+    precision: Precision | None = None  # None: the setting's
+    runtime: Runtime | None = None  # None: the setting's
+    artifact: str = ""  # the id to run from, or its first digits; "": what fits
 
 
 class UnloadJob(msgspec.Struct, frozen=True, tag=True):
@@ -180,6 +186,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     embedding_width: int = 0
     embedding_token_count: int = 0  # states an image, of embedding_width each
     has_class_token: bool = True  # whether the first state stands for the whole image
+    artifact: str = ""  # id of the artifact that it runs from; "" for the checkpoint itself
 
 
 class EngineInfo(msgspec.Struct, frozen=True):

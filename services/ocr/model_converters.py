@@ -1,12 +1,24 @@
 """Protobuf to domain and back for models and embeddings."""
 
+import re
 from collections.abc import Sequence
+from typing import get_args
 
 from inkwell.common.v1 import common_pb2
 from inkwell.ocr.v1 import ocr_pb2
 from services.kit import faults
 from services.ocr.converters import decoding_options
-from services.ocr.domain import Embedding, EmbedJob, Line, Loading, ModelInfo, ModelState, Precision
+from services.ocr.domain import (
+    Embedding,
+    EmbedJob,
+    Line,
+    Loading,
+    LoadJob,
+    ModelInfo,
+    ModelState,
+    Precision,
+    Runtime,
+)
 from services.ocr.models import ListedModel
 from services.ocr.settings import Settings
 
@@ -23,6 +35,7 @@ _PRECISIONS: dict[int, Precision | None] = {
     ocr_pb2.PRECISION_INT8_DYNAMIC: "int8_dynamic",
     ocr_pb2.PRECISION_INT8_WEIGHT_ONLY: "int8_weight_only",
     ocr_pb2.PRECISION_INT8_STATIC: "int8_static",
+    ocr_pb2.PRECISION_INT4_WEIGHT_ONLY: "int4_weight_only",
 }
 _PRECISIONS_OUT = {value: ocr_pb2.Precision.ValueType(number) for number, value in _PRECISIONS.items()}
 _STAGES = {
@@ -41,6 +54,7 @@ _DTYPES = {
     common_pb2.TENSOR_TYPE_FLOAT32: "float32",
     common_pb2.TENSOR_TYPE_FLOAT16: "float16",
 }
+_ARTIFACT = re.compile(r"[0-9a-f]{8,64}")
 _NUMBER_BYTES = {"float32": 4, "float16": 2}
 
 
@@ -75,6 +89,7 @@ def model(listed: ListedModel) -> ocr_pb2.Model:
         message.weight_bytes = info.weight_bytes
     if listed.state == "ready":
         message.precision = _PRECISIONS_OUT[info.precision]
+        message.artifact = info.artifact
     return message
 
 
@@ -83,11 +98,24 @@ def loaded(info: ModelInfo) -> ocr_pb2.Model:
     return model(ListedModel(info.name, "ready", info.is_default, info.languages, 0, info))
 
 
-def precision_of(request: ocr_pb2.LoadModelRequest) -> Precision | None:
-    """The wanted precision, None for the service's; raises Fault for a number that is none."""
+def load_job(request: ocr_pb2.LoadModelRequest) -> LoadJob:
+    """How the model is to be run; raises Fault for what is no precision, runtime or id."""
     if request.precision not in _PRECISIONS:
         raise _no_such_value("precision", request.precision, ocr_pb2.Precision.items())
-    return _PRECISIONS[request.precision]
+    if request.runtime and request.runtime not in get_args(Runtime):
+        raise faults.invalid_field("runtime", f"{request.runtime[:40]!r} is none of: {', '.join(get_args(Runtime))}")
+    if request.artifact and not _ARTIFACT.fullmatch(request.artifact):
+        raise faults.invalid_field(
+            "artifact", f"{request.artifact[:80]!r} is no artifact id: 64 hexadecimal digits, or at least the first 8"
+        )
+    if request.artifact and request.runtime == "torch":
+        raise faults.invalid_field("artifact", "torch runs the checkpoint itself; leave out artifact or runtime")
+    return LoadJob(
+        request.name,
+        _PRECISIONS[request.precision],
+        request.runtime or None,  # type: ignore[arg-type]  # one of the literals
+        request.artifact,
+    )
 
 
 def load_progress(stage: Loading) -> ocr_pb2.LoadModelResponse:

@@ -10,7 +10,7 @@ from services.kit.engine_api import Finished, Raw, Update
 from services.kit.engine_host import EngineHost, engine_not_ready
 from services.ocr import catalog, languages
 from services.ocr.catalog import KnownModel
-from services.ocr.domain import EngineInfo, Loading, LoadJob, ModelInfo, ModelState, Precision, UnloadJob
+from services.ocr.domain import EngineInfo, Loading, LoadJob, ModelInfo, ModelState, UnloadJob
 from services.ocr.languages import Speaker
 from services.ocr.settings import Settings
 
@@ -68,17 +68,17 @@ class Models:
             raise faults.not_found("model", name, known, field=field)
         return name
 
-    async def load(self, name: str, precision: Precision | None) -> AsyncGenerator[Loading | ModelInfo]:
+    async def load(self, job: LoadJob) -> AsyncGenerator[Loading | ModelInfo]:
         """Load a known model; yields where it stands and the loaded model last."""
-        async with self._host.control() as job:
-            job.start(LoadJob(name, precision))
-            async for event in job:
+        async with self._host.control() as control:
+            control.start(job)
+            async for event in control:
                 match event:
                     case Update(payload=payload):
                         yield msgspec.msgpack.decode(payload, type=Loading)
                     case Finished(payload=payload):
                         info = msgspec.msgpack.decode(payload, type=ModelInfo)
-                        self._remembered[name] = info
+                        self._remembered[job.model] = info
                         yield info
 
     async def unload(self, name: str) -> ListedModel:
@@ -118,7 +118,7 @@ class Models:
         return sorted(models, key=lambda model: not model.is_default)
 
     async def _load(self, name: str) -> ModelInfo:
-        async for progress in self.load(name, None):
+        async for progress in self.load(LoadJob(name)):
             if isinstance(progress, ModelInfo):
                 return progress
         raise faults.internal("the engine ended a load without a result")

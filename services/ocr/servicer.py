@@ -146,11 +146,11 @@ class OcrServicer(ocr_pb2_grpc.OcrServiceServicer):
         self, request: ocr_pb2.LoadModelRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[ocr_pb2.LoadModelResponse]:
         began = time.monotonic()
-        precision = model_converters.precision_of(request)
+        job = model_converters.load_job(request)
         name = await self._models.known(request.name, field="name")
         label_call(model=name, hardware="")
         sequence = 0
-        async with contextlib.aclosing(self._models.load(name, precision)) as course:
+        async with contextlib.aclosing(self._models.load(job)) as course:
             async for event in course:
                 if not sequence:
                     await context.send_initial_metadata(())

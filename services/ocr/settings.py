@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from services.kit.settings import MIB, ServiceSettings
-from services.ocr.domain import BEAM_WIDTH_MOST, Precision
+from services.ocr.domain import BEAM_WIDTH_MOST, Precision, Runtime
 from services.ocr.languages import is_tag
 
 # The rest is for activations, caches and everything else on the machine.
@@ -57,9 +57,22 @@ class Settings(ServiceSettings):
     )
     precision: Literal["auto"] | Precision = Field(
         "auto",
-        description="what weights are computed with: float32, bfloat16, float16, int8_dynamic, int8_weight_only or"
-        " int8_static; auto is float32 on cpu and the best 16-bit type elsewhere",
+        description="what weights are computed with: float32, bfloat16, float16, int8_dynamic, int8_weight_only,"
+        " int8_static, or for artifacts int4_weight_only; auto is that of the artifact, and on torch float32 on cpu and"
+        " the best 16-bit type elsewhere",
     )
+    runtime: Literal["auto"] | Runtime = Field(
+        "auto",
+        description="what computes the models: torch, or onnxruntime, openvino, tensorrt or triton from an artifact"
+        " that the compiler made of the model; auto takes the artifact that `inkwell use` chose, else the fastest that"
+        " was measured to be faster than torch on such hardware, else torch",
+    )
+    artifact_store: str = Field(
+        "",
+        description="where the compiler keeps artifacts: a folder, or s3://bucket/prefix; empty for"
+        " ~/.local/share/inkwell/artifacts",
+    )
+    triton_address: str = Field("", description="host:port of the Triton server, for the runtime triton")
     device: str = Field(
         "auto", description='torch device, such as "cpu" or "cuda:1"; auto takes the best there is', min_length=1
     )

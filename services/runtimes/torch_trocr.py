@@ -6,6 +6,7 @@ alone, up to the last bits of floating point.
 """
 
 import math
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -94,6 +95,7 @@ class TrocrModel:
 
     runtime = "torch"
     reads_whole_past = False
+    row_limit = image_limit = sys.maxsize
 
     def __init__(self, model: VisionEncoderDecoderModel) -> None:
         """Takes the model over: on a processor its linear layers are replaced by faster ones.

@@ -61,6 +61,8 @@ class Networks(Protocol):
     head_count: int
     head_size: int
     position_limit: int  # tokens that a row can have at most
+    row_limit: int  # rows and images of one step at most
+    image_limit: int  # images that are encoded together at most
     channels: int  # of images
     parameter_count: int
     weight_bytes: int

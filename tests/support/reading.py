@@ -15,6 +15,7 @@ from services.ocr.engine.loading import Desk
 from services.ocr.engine.main import OcrEngine
 from services.ocr.engine.pages import Pages
 from services.ocr.engine.shelf import Shelf
+from services.ocr.engine.sources import Source
 from services.ocr.settings import Settings
 from services.runtimes.hardware import detect
 
@@ -54,7 +55,7 @@ def lane_in(engine: OcrEngine, model: str = "tiny") -> Lane:
 def engine_of(lane: Lane, model: str = "tiny") -> OcrEngine:
     """An engine that reads with this lane alone."""
     shelf = Shelf(Settings(models={model: "nowhere"}), detect(), 0)
-    shelf.desks[model] = Desk(lane, Embedder(lane.model, batch_size=8, step_s=10.0))
+    shelf.desks[model] = Desk(lane, Embedder(lane.model, batch_size=8, step_s=10.0), Source("float32"))
     return OcrEngine(shelf, Pages(None))
 
 

@@ -63,8 +63,10 @@ class CalibrationError(Exception):
     """calibration.json is there and cannot be used."""
 
 
-def read(folder: Path) -> Calibration | None:
+def read(folder: Path, weights: str | None = None) -> Calibration | None:
     """The folder's calibration; None if it brings none, or one that belongs to other weights.
+
+    weights: the digest of the weights that read with it, where they are not in the folder.
 
     Raises CalibrationError for a file that is no calibration.
     """
@@ -83,7 +85,7 @@ def read(folder: Path) -> Calibration | None:
         raise CalibrationError(f"{path}: its format is {found.format}; this version reads format {FORMAT}")
     for name, line in (("greedy", found.greedy), ("beams", found.beams)):
         _check(line, f"{path}: {name}")
-    return found if found.weights_sha256 == weights_sha256(folder) else None
+    return found if found.weights_sha256 == (weights or weights_sha256(folder)) else None
 
 
 def _check(line: Map, where: str) -> None:

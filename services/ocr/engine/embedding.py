@@ -12,6 +12,7 @@ from services.kit import faults
 from services.kit.engine_api import Accepted, Failed, Finished, JobEvent, Raw
 from services.ocr.domain import Embedding, EmbedJob
 from services.ocr.engine.model import ReadingModel
+from services.runtimes.sessions.interface import SessionError
 
 _encoder = msgspec.msgpack.Encoder()
 
@@ -67,7 +68,12 @@ class Embedder:
         if fresh:
             return [Accepted(embedding.job_id) for embedding in fresh]
         embedding = self._turns.popleft()
-        self._encode(embedding)
+        try:
+            self._encode(embedding)
+        except SessionError as error:
+            # As one fails that a remote server runs.
+            fault = faults.unavailable("RUNTIME_FAILED", f"the model's runtime failed: {error}", retry_after_ms=1000)
+            return [Failed(embedding.job_id, fault.data)]
         if embedding.taken < len(embedding.job.lines):
             self._turns.append(embedding)
             return []

@@ -18,6 +18,7 @@ from services.ocr.engine.blank import is_blank
 from services.ocr.engine.model import ReadingModel, Ruling
 from services.ocr.engine.repetition import goes_round
 from services.ocr.engine.search import Beam, Candidates, Search
+from services.runtimes.sessions.interface import SessionError
 from services.runtimes.trocr_rows import Rows
 
 _encoder = msgspec.msgpack.Encoder()
@@ -127,7 +128,14 @@ class Lane:
             self._encoder_turn = False
             return self._encode()
         self._encoder_turn = True
-        return self._decode() if self._readings else []
+        if not self._readings:
+            return []
+        try:
+            return self._decode()
+        except SessionError as error:
+            lost, self._readings = self._readings, []
+            self._rows.rearrange([])
+            return [_lost(reading.job_id, error) for reading in lost]
 
     def _accept(self) -> list[JobEvent]:
         taken: list[_Waiting | _Reading] = [*self._accepted, *self._readings]
@@ -167,7 +175,11 @@ class Lane:
                 return events
         began = self.clock()
         first_image = self._rows.image_count
-        rows = self._rows.join(self.model.networks.encode(self.model.prepare([line.job.line for line in lines])))
+        try:
+            encoded = self.model.networks.encode(self.model.prepare([line.job.line for line in lines]))
+        except SessionError as error:
+            return [*events, *(_lost(line.job_id, error) for line in lines)]
+        rows = self._rows.join(encoded)
         taken = (self.clock() - began) / len(lines)
         self._image_s = taken if not self._image_s else 0.8 * self._image_s + 0.2 * taken
         for offset, (line, row) in enumerate(zip(lines, rows, strict=True)):
@@ -261,6 +273,12 @@ class Lane:
             confidence=math.exp(total / len(beam.ids)),
             tokens=tuple(map(Token, beam.ids, pieces, beam.log_probabilities)),
         )
+
+
+def _lost(job_id: str, error: SessionError) -> Failed:
+    """A compiled model failed, as one does that a remote server runs: those in it end, the service goes on."""
+    fault = faults.unavailable("RUNTIME_FAILED", f"the model's runtime failed: {error}", retry_after_ms=1000)
+    return Failed(job_id, fault.data)
 
 
 # The reading of nothing: no token, so no probability but 1, and no calibration that could speak for it.

@@ -22,14 +22,15 @@ from services.ocr.domain import (
     EarlyStopping,
     Line,
     ModelInfo,
-    Precision,
 )
 from services.ocr.engine.calibration import Calibration, CalibrationError
 from services.ocr.engine.calibration import read as read_calibration
+from services.ocr.engine.sources import Source, on_device, open_source
 from services.ocr.settings import Settings
-from services.runtimes import torch_trocr
+from services.runtimes import torch_trocr, trocr_graphs
 from services.runtimes.checkpoints import CheckpointError
 from services.runtimes.hardware import Hardware
+from services.runtimes.trocr_rows import Networks
 
 # Tokens that transformers before 5 decoded at most when nobody said.
 _OLD_LIBRARY_LENGTH = 20
@@ -43,13 +44,14 @@ class ReadingModel:
     """A loaded model. `info` is what callers see of it."""
 
     info: ModelInfo
-    networks: torch_trocr.TrocrModel
+    networks: Networks
     start_id: int
     eos_ids: frozenset[int]
     generation: GenerationConfig
     processor: Any
     tokenizer: Any
     calibration: Calibration | None
+    close: Callable[[], None]  # frees what it holds outside of Python's memory
 
     def prepare(self, lines: Sequence[Line]) -> Tensor:
         """The model's own preprocessing; answers float [lines, channels, height, width]."""
@@ -97,56 +99,96 @@ class ReadingModel:
         return rules or None
 
 
-def load(
-    name: str,
-    folder: Path,
-    *,
-    precision: Precision,
-    settings: Settings,
-    hardware: Hardware,
-) -> ReadingModel:
-    """Load a TrOCR-style folder; raises CheckpointError with what is wrong with it.
+def load(name: str, folder: Path, *, source: Source, settings: Settings, hardware: Hardware) -> ReadingModel:
+    """Load a TrOCR-style checkpoint's folder, or the artifact of it that `source` names.
 
-    May run on any thread while other models read.
+    Raises CheckpointError with what is wrong with it, and for artifacts StoreError and SessionError. May run on any
+    thread while other models read.
     """
-    device = hardware.device if settings.device == "auto" else settings.device
+    where = on_device(hardware, settings)
+    if source.stored is not None:
+        opened = open_source(name, source.stored, settings, hardware)
+        try:
+            known = msgspec.convert(source.stored.manifest.details, trocr_graphs.Details)
+            return _reading(
+                name,
+                opened.helpers,
+                networks=opened.networks,
+                generation=_generation(opened.helpers),
+                weights_sha256=known.weights_sha256,
+                source=source,
+                settings=settings,
+                hardware=where,
+                close=opened.close,
+            )
+        except BaseException:
+            opened.close()
+            raise
+    assert source.precision != "int4_weight_only"
     model = torch_trocr.load(
         folder,
-        device=device,
-        precision=precision,
+        device=where.device,
+        precision=source.precision,
         hardware=hardware,
         allow_pickled_weights=settings.allow_pickled_weights,
     )
-    networks = torch_trocr.TrocrModel(model)
+    return _reading(
+        name,
+        folder,
+        networks=torch_trocr.TrocrModel(model),
+        generation=model.generation_config,
+        weights_sha256=None,
+        source=source,
+        settings=settings,
+        hardware=where,
+        close=lambda: None,
+    )
+
+
+def _reading(
+    name: str,
+    folder: Path,
+    *,
+    networks: Networks,
+    generation: GenerationConfig,
+    weights_sha256: str | None,
+    source: Source,
+    settings: Settings,
+    hardware: Hardware,
+    close: Callable[[], None],
+) -> ReadingModel:
+    """What the networks read with: the files in the folder that are no weights.
+
+    weights_sha256: of the weights that the networks were made of, None for those in the folder.
+    """
     processor, tokenizer = load_helpers(folder)
     try:
-        calibration = read_calibration(folder)
+        calibration = read_calibration(folder, weights_sha256)
     except CalibrationError as error:
         raise CheckpointError(str(error)) from error
-    generation = model.generation_config
     start_id = generation.decoder_start_token_id
     if start_id is None:
         start_id = generation.bos_token_id
     eos = generation.eos_token_id
     if start_id is None or eos is None:
         raise CheckpointError(f"{folder}: its generation config names no decoder_start_token_id or eos_token_id")
-    same_device = device.partition(":")[0] == hardware.device.partition(":")[0]
     limit = min(networks.position_limit, settings.max_new_token_limit)
     loaded = ReadingModel(
         info=ModelInfo(
             name=name,
-            hardware=hardware.label if same_device else device.partition(":")[0],
-            runtime="torch",
-            dtype=str(networks.dtype).removeprefix("torch."),
+            hardware=hardware.label,
+            runtime=networks.runtime,
+            dtype=_dtype(networks, source),
             parameter_count=networks.parameter_count,
             default_decoding=_default_decoding(generation, settings.default_max_new_token_count, limit),
             max_new_token_limit=limit,
             is_default=name == settings.default_model_name,
-            precision=precision,
+            precision=source.precision,
             weight_bytes=networks.weight_bytes,
             languages=catalog.languages_of(name, folder, settings),
             has_class_token=networks.has_class_token,
             confidence_calibrated=calibration is not None,
+            artifact=source.artifact,
         ),
         networks=networks,
         start_id=start_id,
@@ -155,11 +197,31 @@ def load(
         processor=processor,
         tokenizer=tokenizer,
         calibration=calibration,
+        close=close,
     )
     _check_fixed_size(loaded, folder)
     tokens, width = _state_shape(loaded, folder)
     info = msgspec.structs.replace(loaded.info, embedding_token_count=tokens, embedding_width=width)
     return replace(loaded, info=info)
+
+
+def _dtype(networks: Networks, source: Source) -> str:
+    """Data type of the weights that are not rounded to integers."""
+    if source.stored is not None:
+        return source.precision if source.precision in ("bfloat16", "float16") else "float32"
+    return str(networks.dtype).removeprefix("torch.")
+
+
+def _generation(folder: Path) -> GenerationConfig:
+    """The folder's generation config as transformers finds it for a model there; raises CheckpointError."""
+    try:
+        try:
+            return GenerationConfig.from_pretrained(folder)
+        except OSError:
+            # Older folders have it inside config.json.
+            return GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
+    except Exception as error:  # a folder can be broken in any way, and the library raises whatever it met
+        raise CheckpointError(f"{folder}: its generation config cannot be loaded: {_short(error)}") from error
 
 
 def preprocess(processor: Any, channels: int, lines: Sequence[Line]) -> Tensor:

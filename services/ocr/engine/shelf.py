@@ -23,10 +23,11 @@ from services.kit import faults
 from services.kit.engine_api import Accepted, Described, EngineEvent, Failed, Finished, Raw, Update
 from services.kit.faults import Fault
 from services.ocr import catalog
-from services.ocr.domain import EmbedJob, EngineInfo, Loading, LoadJob, Precision, ReadJob, UnloadJob
+from services.ocr.domain import EmbedJob, EngineInfo, Loading, LoadJob, ReadJob, UnloadJob
 from services.ocr.engine.embedding import Embedder
 from services.ocr.engine.lane import Lane
 from services.ocr.engine.loading import Checked, Desk, Loader, fault_of
+from services.ocr.engine.sources import Wanted
 from services.ocr.settings import Settings
 from services.runtimes import eviction
 from services.runtimes.checkpoints import CheckpointError
@@ -42,7 +43,7 @@ class _Load:
     """A model to be loaded: for LoadJobs, or for jobs that wait in `Shelf._parked`."""
 
     name: str
-    precision: Precision
+    wanted: Wanted
     jobs: list[str] = field(default_factory=list)
     unloaders: list[str] = field(default_factory=list)  # UnloadJobs that came meanwhile
     stage: Loading = Loading("waiting")
@@ -104,11 +105,10 @@ class Shelf:
         Those after the first that do not fit beside the ones before are left for the first call that names them.
         """
         for name in names:
-            precision = self._loader.precision(name, None)
-            checked = self._loader.check(name, precision)
+            checked = self._loader.check(name, Wanted())
             held = sum(desk.info.weight_bytes for desk in self.desks.values())
             if checked.needed_bytes > self._limit:
-                raise CheckpointError(self._too_large(name, checked, precision))
+                raise CheckpointError(self._too_large(name, checked))
             if checked.needed_bytes + held > self._limit:
                 print(
                     f"{name} is not loaded yet: it takes {checked.needed_bytes} bytes, the models before it take {held}"
@@ -116,7 +116,7 @@ class Shelf:
                     file=sys.stderr,
                 )
                 continue
-            self.desks[name] = self._loader.read(name, precision, checked)
+            self.desks[name] = self._loader.read(name, checked)
         self.advance()
         self._events.clear()  # the engine's first description says it all
 
@@ -132,26 +132,24 @@ class Shelf:
             raise self._unknown(job.model)
         self._parked.setdefault(job.model, {})[job_id] = job
         if not any(load.name == job.model for load in self._loads):
-            self._loads.append(_Load(job.model, self._loader.precision(job.model, None)))
+            self._loads.append(_Load(job.model, Wanted()))
         self.advance()
 
     def load(self, job_id: str, job: LoadJob) -> None:
-        """Load a known model unless it is loaded with that precision; raises Fault for a name that is not known."""
+        """Load a known model unless it is loaded so; raises Fault for a name that is not known."""
         if job.model not in catalog.known_models(self._settings):
             raise self._unknown(job.model)
-        precision = self._loader.precision(job.model, job.precision)
+        wanted = Wanted.by(job)
         self._events.append(Accepted(job_id))
-        desk = self.desks.get(job.model)
-        if desk is not None and not desk.closing and desk.info.precision == precision:
-            desk.last_used = next(self._clock)
-            self._events.append(Finished(job_id, Raw(_encoder.encode(desk.info))))
-            return
-        load = next((load for load in self._loads if (load.name, load.precision) == (job.model, precision)), None)
+        load = next((load for load in self._loads if (load.name, load.wanted) == (job.model, wanted)), None)
         if load is None:
-            load = _Load(job.model, precision)
+            load = _Load(job.model, wanted)
             self._loads.append(load)
         load.jobs.append(job_id)
-        self._tell(job_id, load.stage)
+        desk = self.desks.get(job.model)
+        if desk is None or desk.closing or load.checked is not None:
+            self._tell(job_id, load.stage)
+        # Else it may be loaded so already, which the loading thread sees: it has to look at folders and artifacts.
         self.advance()
 
     def unload(self, job_id: str, job: UnloadJob) -> None:
@@ -197,7 +195,9 @@ class Shelf:
             load, stage = self._news.get()
             if stage is not None:
                 self._enter(load, stage)
-        self._retiring = [desk for desk in self._retiring if not desk.idle]
+        for desk in [desk for desk in self._retiring if desk.idle]:
+            self._retiring.remove(desk)
+            desk.close()
         for name, desk in list(self.desks.items()):
             if desk.closing and desk.idle:
                 self._drop(name, desk)
@@ -243,8 +243,12 @@ class Shelf:
         if desk is not None and desk.closing:
             return False  # the same model is about to leave; that comes first
         if load.checked is None:
-            load.future = self._start(load, partial(self._loader.check, load.name, load.precision))
+            load.future = self._start(load, partial(self._loader.check, load.name, load.wanted))
             return False
+        if desk is not None and desk.source == load.checked.source:
+            desk.last_used = next(self._clock)
+            self._end(load, desk)
+            return True
         try:
             if not self._make_room(load, load.checked):
                 return False
@@ -253,7 +257,7 @@ class Shelf:
             return True
         self._enter(load, Loading("reading_weights", tuple(load.evicted)))
         warming = partial(self._report, load, Loading("warming", tuple(load.evicted)))
-        work = partial(self._loader.read, load.name, load.precision, load.checked, when_read=warming)
+        work = partial(self._loader.read, load.name, load.checked, when_read=warming)
         load.future = self._start(load, work)
         return False
 
@@ -278,7 +282,7 @@ class Shelf:
             raise faults.too_large(
                 "name",
                 "MODEL_TOO_LARGE",
-                self._too_large(load.name, checked, load.precision),
+                self._too_large(load.name, checked),
                 needed_bytes=checked.needed_bytes,
                 limit_bytes=self._limit,
             )
@@ -297,8 +301,8 @@ class Shelf:
                 return False
             raise faults.failed_precondition(
                 "MODEL_MEMORY_FULL",
-                f"{load.name} takes {checked.needed_bytes} bytes as {load.precision}, which do not fit beside its"
-                f" present weights within the limit of {self._limit}; unload it first",
+                f"{load.name} takes {checked.needed_bytes} bytes as {checked.source.precision}, which do not fit beside"
+                f" its present weights within the limit of {self._limit}; unload it first",
                 needed_bytes=checked.needed_bytes,
                 limit_bytes=self._limit,
             )
@@ -314,11 +318,15 @@ class Shelf:
         if old is not None:
             self._retiring.append(old)
             desk.unloaders += old.unloaders
+        desk.last_used = next(self._clock)
+        self.desks[load.name] = desk
+        self._end(load, desk)
+
+    def _end(self, load: _Load, desk: Desk) -> None:
+        """Tell those who asked for it that it is loaded, and let the calls that waited for it in."""
         # An unload that was asked for meanwhile is for whatever of the name is there.
         desk.unloaders += load.unloaders
         desk.closing = bool(desk.unloaders)
-        desk.last_used = next(self._clock)
-        self.desks[load.name] = desk
         for job_id in load.jobs:
             self._events.append(Finished(job_id, Raw(_encoder.encode(desk.info))))
         for job_id, job in self._parked.pop(load.name, {}).items():
@@ -349,6 +357,7 @@ class Shelf:
         del self.desks[name]
         for job_id in desk.unloaders:
             self._events.append(Finished(job_id, Raw(_encoder.encode(desk.info))))
+        desk.close()
         del desk
         gc.collect()  # models hold circles
         if torch.cuda.is_available():
@@ -375,8 +384,8 @@ class Shelf:
     def _unknown(self, name: str) -> Fault:
         return faults.not_found("model", name, catalog.known_models(self._settings), field="model")
 
-    def _too_large(self, name: str, checked: Checked, precision: Precision) -> str:
+    def _too_large(self, name: str, checked: Checked) -> str:
         return (
-            f"{name} takes {checked.needed_bytes} bytes as {precision} and the limit for all models is {self._limit}"
-            " (memory_limit_bytes)"
+            f"{name} takes {checked.needed_bytes} bytes as {checked.source.precision} and the limit for all models is"
+            f" {self._limit} (memory_limit_bytes)"
         )

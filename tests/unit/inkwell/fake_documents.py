@@ -131,6 +131,7 @@ class DocumentServicer(ocr_pb2_grpc.OcrServiceServicer):
             model = pen()
             model.name = request.name
             model.precision = request.precision or ocr_pb2.PRECISION_FLOAT32
+            model.runtime, model.artifact = request.runtime or "torch", request.artifact
             yield ocr_pb2.LoadModelResponse(sequence=5, result=ocr_pb2.LoadResult(model=model, elapsed_ms=1234))
 
     def UnloadModel(self, request: Any, context: Any) -> Any:

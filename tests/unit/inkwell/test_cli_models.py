@@ -29,6 +29,15 @@ def test_a_model_is_loaded(server: InkwellServer, capsys: pytest.CaptureFixture[
     assert value["evicted_models"] == ["old", "older"]
 
 
+def test_a_model_is_loaded_from_an_artifact(server: InkwellServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "load", "pen", "--artifact", "0123456789ab", "--runtime", "openvino"]) == 0
+    assert capsys.readouterr().out == "pen is ready on cpu (openvino, float32, 7.5 MB, 1.2 s)\n"
+    assert server.requests[-1].artifact == "0123456789ab"
+    assert main(["models", "load", "pen", "--artifact", "0123456789ab", "--json"]) == 0
+    (value,) = json_lines(capsys.readouterr().out)
+    assert value["artifact"] == "0123456789ab"
+
+
 def test_a_model_is_unloaded(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "unload", "pen"]) == 0
     assert capsys.readouterr() == ("pen is unloaded\n", "")

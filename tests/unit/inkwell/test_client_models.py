@@ -111,6 +111,8 @@ def test_loading_answers_the_model(client: inkwell.Client, server: InkwellServer
     assert client.load_model("pen", precision=inkwell.Precision.FLOAT16).precision == "float16"
     assert client.load_model("pen").precision == "float32"
     assert server.requests[-1].precision == ocr_pb2.PRECISION_UNSPECIFIED
+    compiled = client.load_model("pen", artifact="0123456789ab", runtime="openvino")
+    assert (compiled.artifact, compiled.runtime) == ("0123456789ab", "openvino")
 
 
 def test_loading_tells_its_stages(client: inkwell.Client) -> None:
