@@ -12,6 +12,7 @@ from torch import Tensor
 
 from services.runtimes import cuda_device
 from services.runtimes.artifacts.manifest import Port, RuntimeName
+from services.runtimes.sessions.checked import require_file, require_fit
 from services.runtimes.sessions.interface import HardwareMissingError, SessionError, SessionOptions
 
 # NvInferRuntime.h asks for tensors that begin at a multiple of this, and for an address even where nothing is read.
@@ -61,6 +62,7 @@ class TensorrtSession:
 
     def run(self, feeds: Mapping[str, Tensor], wanted: Sequence[str] | None = None) -> dict[str, Tensor]:
         """See `interface.Session.run`."""
+        require_fit(self._file, self.inputs, feeds)
         stay = any(feed.is_cuda for feed in feeds.values())
         with torch.cuda.device(self._device):
             caller = torch.cuda.current_stream()
@@ -102,12 +104,7 @@ class TensorrtSession:
         """Point the engine at the inputs; the tensors have to live until it has run."""
         held = []
         for port in self.inputs:
-            if port.name not in feeds:
-                raise SessionError(f"{self._file}: input {port.name} is missing; the inputs are {_names(self.inputs)}")
-            feed = feeds[port.name]
-            if feed.dtype != self._dtype(port.name):
-                raise SessionError(f"{self._file}: input {port.name} is {feed.dtype} and must be {port.dtype}")
-            tensor = feed.to(self._device, non_blocking=True).contiguous()
+            tensor = feeds[port.name].to(self._device, non_blocking=True).contiguous()
             if tensor.data_ptr() % _ALIGNMENT:
                 tensor = tensor.clone()
             if not self._context.set_input_shape(port.name, tuple(tensor.shape)):
@@ -140,8 +137,7 @@ class TensorrtSession:
 
 
 def _require(file: Path) -> ModuleType:
-    if not file.is_file():
-        raise SessionError(f"{file}: there is no such engine")
+    require_file(file)
     try:
         cuda_device.find()
     except cuda_device.NoCudaDeviceError as error:
@@ -185,10 +181,6 @@ def _read(file: Path) -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise SessionError(f"{file}: cannot be read: {error}") from error
-
-
-def _names(ports: Sequence[Port]) -> str:
-    return ", ".join(port.name for port in ports)
 
 
 def _logger(trt: ModuleType) -> Any:

@@ -15,6 +15,7 @@ from tritonclient.grpc import InferenceServerClient
 from tritonclient.utils import InferenceServerException
 
 from services.runtimes.artifacts.manifest import Port
+from services.runtimes.sessions.checked import torch_dtype
 from services.runtimes.sessions.interface import SessionError
 
 # Where Linux keeps what shm_open names, which is how Triton opens it.
@@ -112,7 +113,7 @@ class Region:
 
 def byte_size(port: Port, axes: Mapping[str, int]) -> int | None:
     """Bytes of a tensor whose dimensions are numbers, axes, or sums of them ("past + 1"); None if one is not known."""
-    count: int = getattr(torch, port.dtype).itemsize
+    count = torch_dtype(port.dtype).itemsize
     for size in port.shape:
         total = 0
         for part in re.split(r"\s*\+\s*", str(size)):

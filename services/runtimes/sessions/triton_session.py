@@ -19,6 +19,7 @@ from tritonclient.grpc import InferenceServerClient, InferInput, InferRequestedO
 from tritonclient.utils import InferenceServerException
 
 from services.runtimes.artifacts.manifest import Port, RuntimeName
+from services.runtimes.sessions.checked import require_fit, torch_dtype
 from services.runtimes.sessions.interface import SessionError, SessionOptions
 from services.runtimes.sessions.triton_memory import Region, byte_size
 from services.runtimes.sessions.triton_ports import (
@@ -84,8 +85,7 @@ class TritonSession:
 
     def run(self, feeds: Mapping[str, Tensor], wanted: Sequence[str] | None = None) -> dict[str, Tensor]:
         """See `interface.Session.run`. A server that is away is asked again; any other failure raises at once."""
-        for port in self.inputs:
-            self._require_fits(port, feeds)
+        require_fit(Path(self._model), self.inputs, feeds)
         tensors = {port.name: feeds[port.name].detach().cpu().contiguous() for port in self.inputs}
         ports = [port for port in self.outputs if wanted is None or port.name in wanted]
         if self._shared is None:
@@ -179,14 +179,6 @@ class TritonSession:
             raise SessionError(f"{self._where()}: {tensor.name} is {tensor.datatype}, which torch tensors do not hold")
         sizes = (size if size >= 0 else f"{tensor.name}.{place}" for place, size in enumerate(tensor.shape))
         return Port(tensor.name, dtype, tuple(sizes))
-
-    def _require_fits(self, port: Port, feeds: Mapping[str, Tensor]) -> None:
-        if port.name not in feeds:
-            names = ", ".join(port.name for port in self.inputs)
-            raise SessionError(f"{self._where()}: input {port.name} is missing; the inputs are {names}")
-        dtype = str(feeds[port.name].dtype).removeprefix("torch.")
-        if dtype != port.dtype:
-            raise SessionError(f"{self._where()}: input {port.name} is {dtype} and must be {port.dtype}")
 
     def _input(self, port: Port, tensor: Tensor) -> InferInput:
         shape = list(tensor.shape)
@@ -283,7 +275,7 @@ class TritonSession:
             shape = tuple(output.shape)
             if len(shape) == len(port.shape) + 1:
                 shape = shape[:-1]
-            dtype = getattr(torch, port.dtype)
+            dtype = torch_dtype(port.dtype)
             if output.name in shared:
                 region, offset = shared[output.name]
                 tensors[output.name] = region.read(offset, shape, dtype)

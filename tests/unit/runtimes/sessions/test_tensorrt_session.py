@@ -53,7 +53,7 @@ def test_a_broken_note_is_named(tmp_path: Path) -> None:
 
 
 def test_an_engine_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SessionError, match="there is no such engine"):
+    with pytest.raises(SessionError, match="there is no such file"):
         TensorrtSession(tmp_path / "model.plan", OPTIONS)
 
 

@@ -131,9 +131,12 @@ def test_scalars_go_through_a_protocol_that_has_none(graphs: dict[str, Path], op
     ("feeds", "told"),
     [
         ({"pixels": torch.ones(9, 4, 5), "weight": torch.ones(9, 1, 1)}, "batch of at most 8"),
-        ({"pixels": torch.ones(1, 3, 5), "weight": torch.ones(1, 1, 1)}, "unexpected shape for input 'pixels'"),
-        ({"pixels": torch.ones(1, 4, 5)}, "input weight is missing; the inputs are pixels, weight"),
-        ({"pixels": torch.ones(1, 4, 5).double(), "weight": torch.ones(1)}, "pixels is float64 and must be float32"),
+        (
+            {"pixels": torch.ones(1, 3, 5), "weight": torch.ones(1, 1, 1)},
+            r"input pixels has shape \[1, 3, 5\], wanted is \[images=1, 4, width\]",
+        ),
+        ({"pixels": torch.ones(1, 4, 5)}, "small-encoder: input weight is missing; its inputs are pixels, weight"),
+        ({"pixels": torch.ones(1, 4, 5).double(), "weight": torch.ones(1)}, "has dtype float64, wanted is float32"),
     ],
 )
 def test_inputs_that_do_not_fit_are_named(
