@@ -39,6 +39,10 @@ test-triton: $(VENV)/.installed-dev  ## Run the tests that need NVIDIA's own tri
 	@mkdir -p $(dir $(TRITONSERVER)) && $(RUN) -m tests.support.nvidia_tritonserver $(TRITONSERVER)
 	@INKWELL_TRITONSERVER=$(TRITONSERVER) $(RUN) -m pytest tests/integration/test_tritonserver.py $(ARGS)
 
+soak: $(VENV)/.installed-dev  ## Kill a service with operations 50 times, at random moments
+	@echo "· killing a service with operations 50 times (two minutes)"
+	@INKWELL_KILLS=50 $(RUN) -m pytest tests/faults/test_operations_killed.py $(ARGS)
+
 lint: $(VENV)/.installed-dev  ## Check style, types, imports between packages, and the protos
 	@echo "· ruff"; $(RUN) -m ruff check . && $(RUN) -m ruff format --check .
 	@echo "· mypy"; $(RUN) -m mypy inkwell services tests benchmarks

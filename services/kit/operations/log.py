@@ -209,7 +209,7 @@ class Log:
         o = self._operations
         with self._engine.begin() as c:
             found = c.execute(sa.select(o.c.id, o.c.last).where(o.c.id.in_(list(row_ids))))
-            return dict(found.tuples().all())
+            return {row_id: last for row_id, last in found}  # noqa: C416 - rows, not pairs
 
     # --- the queue ---
 
@@ -231,7 +231,7 @@ class Log:
         o = self._operations
         query = sa.select(o.c.id, o.c.priority).where(self._waiting, o.c.created_ms <= self._clock_ms() - since_ms)
         with self._engine.begin() as c:
-            return list(c.execute(query).tuples().all())
+            return [(row_id, priority) for row_id, priority in c.execute(query)]
 
     # --- forgetting ---
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO
 
 import sqlalchemy as sa
-from dbos import DBOS, SetEnqueueOptions, SetWorkflowID, WorkflowSerializationFormat
+from dbos import DBOS, DBOSClient, SetEnqueueOptions, SetWorkflowID, WorkflowSerializationFormat
 
 # DBOS resumes workflows only under the version of the code that began them. Ours are the same in every version: the
 # log knows what they are to do.
@@ -56,18 +56,34 @@ class Workflows:
         # DBOS would write plain lines to standard error; the service's own handler writes JSON.
         logger = logging.getLogger("dbos")
         logger.addHandler(logging.NullHandler())
-        config = {
-            "name": f"inkwell-{self._service}",
-            "system_database_url": self._url.render_as_string(hide_password=False),
-            "application_version": _VERSION,
-            "executor_id": self._process,
-            "log_level": "WARNING",
-            "sys_db_pool_size": 5,
-            "use_listen_notify": False,
-        }
-        if self._schema is not None:
-            config["dbos_system_schema"] = self._schema
-        DBOS(config=config)  # type: ignore[arg-type]
+        url = self._url.render_as_string(hide_password=False)
+        schema = self._schema or "dbos"  # SQLite has no schemas
+        name = f"inkwell-{self._service}"
+        DBOS.migrate(url, schema=schema)
+        # Before the launch: DBOS looks for new queues only now and then.
+        client = DBOSClient(
+            system_database_url=url, dbos_system_schema=schema, application_name=name, retry_connection_errors=False
+        )
+        try:
+            client.register_queue(
+                self._queue, worker_concurrency=self._concurrency, polling_interval_sec=_POLL_S, application_name=name
+            )
+        finally:
+            client.destroy()
+        DBOS(
+            config={
+                "name": name,
+                "system_database_url": url,
+                "dbos_system_schema": schema,
+                "application_version": _VERSION,
+                "executor_id": self._process,
+                "log_level": "WARNING",
+                "sys_db_pool_size": 5,
+                "use_listen_notify": False,
+                # Nothing here uses DBOS's notifications, and on closing it waits for the next look for some.
+                "notification_listener_polling_interval_sec": 0.2,
+            }
+        )
 
         @DBOS.workflow(
             name=_WORKFLOW, max_recovery_attempts=None, serialization_type=WorkflowSerializationFormat.PORTABLE
@@ -78,9 +94,6 @@ class Workflows:
 
         self._operation = operation
         DBOS.launch()
-        DBOS.register_queue(
-            self._queue, worker_concurrency=self._concurrency, polling_interval_sec=_POLL_S, on_conflict="always_update"
-        )
 
     def close(self) -> None:
         """Take nothing more; what runs must have ended."""
