@@ -1,14 +1,31 @@
 """An S3 server on this machine: moto's, over HTTP, that can be watched, made to fail, stopped and started again."""
 
 import contextlib
+import functools
 import logging
+import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import boto3
 import pytest
+from botocore.loaders import JSONFileLoader
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
+
+# Reading Amazon's definitions takes longer than any test; every client of a process, and of those forked from it, uses
+# the same.
+_read = JSONFileLoader.load_file
+
+
+@functools.cache
+def _definitions(path: str) -> Any:
+    return _read(JSONFileLoader(), path)
+
+
+JSONFileLoader.load_file = lambda _, path: _definitions(path)
+boto3.client("s3", region_name="us-east-1")
 
 # It logs every request otherwise.
 logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -25,8 +42,10 @@ class S3Server:
     def __init__(self) -> None:
         self.hook: Hook | None = None
         self.requests: list[str] = []  # since `watch`
+        self.lose_answer = 0  # the number of a request that is served, but whose answer never arrives
         self._application = DomainDispatcherApplication(create_backend_app)
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
+        self._under_way = 0
         self._server: Any = None
         self.port = 0
         self.start()
@@ -53,24 +72,41 @@ class S3Server:
         self.watch(lambda at, _: ("", b"") if at >= number else None)
 
     def watch(self, hook: Hook | None = None) -> None:
-        """Counts requests from 1 again, and asks the hook about each."""
+        """Counts requests from 1 again, and asks the hook about each. Forgets `lose_answer` of before."""
         with self._lock:
-            self.requests, self.hook = [], hook
+            self.requests, self.hook, self.lose_answer = [], hook, 0
 
     def _serve(self, environment: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         with self._lock:
             self.requests.append(f"{environment['REQUEST_METHOD']} {environment['PATH_INFO']}")
             number, hook = len(self.requests), self.hook
+            self._under_way += 1
+        try:
+            return self._answer(number, hook, environment, start_response)
+        finally:
+            with self._lock:
+                self._under_way -= 1
+                self._lock.notify_all()
+
+    def wait_until_idle(self) -> None:
+        """Waits for the requests under way, whose clients may be dead already."""
+        with self._lock:
+            self._lock.wait_for(lambda: not self._under_way)
+
+    def _answer(
+        self, number: int, hook: Hook | None, environment: dict[str, Any], start_response: Any
+    ) -> Iterable[bytes]:
         answer = hook(number, environment) if hook else None
         if answer is None:
             served: Iterable[bytes] = self._application(environment, start_response)
-            return served
-        status, body = answer
+            if number != self.lose_answer:
+                return served
+        status, body = answer or ("", b"")
         if not status:
-            environment["werkzeug.socket"].close()
+            environment["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
             raise ConnectionResetError
         start_response(status, [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
-        return [body]
+        return [] if environment["REQUEST_METHOD"] == "HEAD" else [body]
 
 
 def refusal(status: str, code: str) -> Answer:

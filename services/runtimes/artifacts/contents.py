@@ -40,7 +40,7 @@ def files_in(folder: Path) -> tuple[File, ...]:
 
     Raises StoreError for anything that is no plain file or folder (a link could show what lies outside), OSError.
     """
-    paths = _paths_in(folder)
+    paths = paths_in(folder)
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         digests = list(pool.map(lambda path: sha256_of(folder / path), paths))
     return tuple(
@@ -48,7 +48,8 @@ def files_in(folder: Path) -> tuple[File, ...]:
     )
 
 
-def _paths_in(folder: Path) -> list[str]:
+def paths_in(folder: Path) -> list[str]:
+    """The paths of all files below the folder but manifest.json, sorted. Raises StoreError as `files_in`, OSError."""
     found = []
     for parent, folders, files in os.walk(folder, onerror=_raise):
         for name in (*folders, *files):

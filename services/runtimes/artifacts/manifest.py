@@ -43,6 +43,8 @@ class Axis(msgspec.Struct, frozen=True):
     name: str
     low: int
     high: int
+    # Axis that its size follows from, such as half of it: nothing to choose, but a size that inputs have.
+    follows: str = ""
 
 
 class Graph(msgspec.Struct, frozen=True):

@@ -38,6 +38,8 @@ _LOCK = "lock"
 _LOCATION = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/(.*))?")
 # Read with one request.
 _RANGE_BYTES = 8 << 20
+# Files of twice the size are uploaded in parts, several at a time; S3 takes 10,000 parts of 5 MiB at least.
+_PART_BYTES = 32 << 20
 # Of manifests, leases and the like.
 _SMALL_BYTES_MOST = 16 << 20
 # Files of one artifact that are fetched, and small objects that are read, at a time.
@@ -128,7 +130,8 @@ class Bucket:
     # Looking.
 
     def now(self) -> float:
-        return _date_of(self._call("head_bucket", "reading the artifact store"))
+        # A listing, and not HeadBucket: an answer to HEAD has no body to say what is wrong.
+        return _date_of(self._call("list_objects_v2", "reading the artifact store", MaxKeys=1))
 
     def ids(self) -> dict[str, float]:
         found = {}
@@ -224,7 +227,7 @@ class Bucket:
             what = f"uploading {file.path} of artifact {artifact_id[:12]}"
             key = self._key(f"{ARTIFACTS}/{artifact_id}/{file.path}")
             with explained_s3(what, self.where):
-                self._files().put_file(str(staging / file.path), f"{self._bucket}/{key}")
+                self._files().put_file(str(staging / file.path), f"{self._bucket}/{key}", chunksize=_PART_BYTES)
 
     def appear(self, artifact_id: str, staging: Path, manifest_json: bytes) -> None:
         self._write(f"{ARTIFACTS}/{artifact_id}/{FILE_NAME}", manifest_json, f"publishing artifact {artifact_id[:12]}")

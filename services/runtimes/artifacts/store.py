@@ -270,8 +270,8 @@ class Store:
     def publish(self, staging: Path, manifest: Manifest) -> Stored:
         """Makes the folder's files an artifact. If there is one of the same recipe, that one is the answer.
 
-        manifest.files may be left empty, the store fills it in; else the files have to be as it says. The folder is
-        gone afterwards, whatever comes of it.
+        staging: from `staging()`, it is gone afterwards whatever comes of it; any other folder is copied.
+        manifest.files may be left empty, the store fills it in; else the files have to be as it says.
         """
         try:
             if not self._place.staging.holds(staging):
@@ -291,12 +291,12 @@ class Store:
         staging = self.staging()
         try:
             with explained("copying the new artifact", staging):
-                shutil.copytree(folder, staging, symlinks=True, dirs_exist_ok=True)
+                for path in contents.paths_in(folder):
+                    (staging / path).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(folder / path, staging / path)
         except BaseException:
             self.discard(staging)
             raise
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
         return staging
 
     def _publish(self, staging: Path, manifest: Manifest) -> Stored:
@@ -336,7 +336,7 @@ class Store:
     def hold(self, artifact_id: str, holder: str) -> Iterator[Stored]:
         """Nobody deletes the artifact within; for `lease_s` longer if this process is killed.
 
-        holder: for people, such as "OCR service". In a store that cannot be written to there is no lease, and the log
+        holder: for people, such as "OCR service". In a store that is read-only or full there is no lease, and the log
         says so.
         """
         name = ""
@@ -345,7 +345,7 @@ class Store:
                 stored = self.get(artifact_id)
                 name = self._leases.write(stored.id, f"{holder} on {socket.gethostname()}")
         except StoreError as error:
-            if error.reason is not Reason.DENIED:
+            if error.reason not in (Reason.DENIED, Reason.FULL):
                 raise
             stored = self.get(artifact_id)
             log.warning("artifact %s is used without a lease, others could delete it: %s", stored.id[:12], error)

@@ -1,9 +1,7 @@
-"""A store in a folder: what is published, found, read, held, chosen and collected."""
+"""What every store does, in a folder and in S3: what is published, found, read, held, chosen and collected."""
 
 import os
-import tempfile
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,15 +10,13 @@ import msgspec
 import pytest
 
 from services.runtimes.artifacts.errors import Reason, StoreError
-from services.runtimes.artifacts.folder import Folder
 from services.runtimes.artifacts.manifest import FORMAT, Check, File, Requires, artifact_id, encode
 from services.runtimes.artifacts.store import Store, Stored, default_location, open_store
-from tests.support.artifacts import FILES, content_of, fill, manifest, publish, without_rights
+from tests.support.artifacts import FILES, content_of, fill, manifest, publish
+from tests.unit.runtimes.artifacts.conftest import Raw
 
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return open_store(str(tmp_path / "store"))
+# For what the place has no part in.
+in_a_folder = pytest.mark.parametrize("raw", ["folder"], indirect=True)
 
 
 def test_what_was_published_is_found_whole_under_the_digest_of_its_manifest(store: Store) -> None:
@@ -35,33 +31,27 @@ def test_what_was_published_is_found_whole_under_the_digest_of_its_manifest(stor
     }
     assert stored.size_bytes == sum(map(len, FILES.values())) + len(stored.manifest_json)
     assert store.verify(stored.id) == []
-    # Another process, and another way to say where.
-    again = open_store(os.path.relpath(store.location))
+    again = open_store(store.location)
     assert again.get(stored.id[:8].upper()) == again.find()[0] == stored
 
 
-def test_nothing_is_left_of_the_staging_folder(store: Store, tmp_path: Path) -> None:
+def test_nothing_is_left_of_the_staging_folder(store: Store) -> None:
+    first = store.staging()
     publish(store)
     publish(store)
     with pytest.raises(StoreError):
         store.publish(fill(store.staging(), {"encoder.onnx": b""}), manifest(2))
-    unwanted = store.staging()
-    store.discard(unwanted)
-    assert list((tmp_path / "store" / "staging").iterdir()) == []
+    store.discard(first)
+    store.collect()
+    assert list(first.parent.iterdir()) == []
 
 
-def test_a_folder_elsewhere_is_moved_in(store: Store, tmp_path: Path) -> None:
+@in_a_folder
+def test_a_folder_elsewhere_is_copied(store: Store, tmp_path: Path) -> None:
     elsewhere = fill(tmp_path / "elsewhere")
     stored = store.publish(elsewhere, manifest())
     assert store.verify(stored.id) == []
-    assert not elsewhere.exists()
-
-
-def test_files_that_only_their_writer_may_read_are_opened_to_the_others(store: Store) -> None:
-    staging = fill(store.staging())
-    (staging / "encoder.onnx").chmod(0o600)
-    folder = store.local_folder(store.publish(staging, manifest()).id)
-    assert (folder / "encoder.onnx").stat().st_mode == (folder / "manifest.json").stat().st_mode
+    assert content_of(elsewhere) == FILES
 
 
 def test_two_publishes_of_one_recipe_are_one(store: Store) -> None:
@@ -73,7 +63,7 @@ def test_two_publishes_of_one_recipe_are_one(store: Store) -> None:
 
 
 def test_two_publishes_at_the_same_time_are_one(store: Store) -> None:
-    both = threading.Barrier(8)
+    both = threading.Barrier(4)
 
     def run(number: int) -> str:
         mine = open_store(store.location)
@@ -81,12 +71,13 @@ def test_two_publishes_at_the_same_time_are_one(store: Store) -> None:
         both.wait()
         return mine.publish(staging, manifest(created_at=f"2026-11-24T10:00:0{number}Z")).id
 
-    with ThreadPoolExecutor(8) as pool:
-        ids = set(pool.map(run, range(8)))
+    with ThreadPoolExecutor(4) as pool:
+        ids = set(pool.map(run, range(4)))
     assert len(ids) == 1
     assert [stored.id for stored in store.find()] == list(ids)
 
 
+@in_a_folder
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -109,6 +100,7 @@ def test_an_artifact_that_is_not_right_is_not_published(store: Store, changes: d
     assert store.find() == []
 
 
+@in_a_folder
 def test_a_link_out_of_the_artifact_is_not_published(store: Store, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("secret")
     for target in (tmp_path / "secret", tmp_path):
@@ -120,17 +112,18 @@ def test_a_link_out_of_the_artifact_is_not_published(store: Store, tmp_path: Pat
     assert (tmp_path / "secret").exists()
 
 
+@in_a_folder
 @pytest.mark.parametrize("path", ["../secret", "/etc/passwd", "model/../../secret", "a//b", "", ".", "a\\b", "a\nb"])
-def test_a_manifest_with_a_path_that_leads_out_is_not_believed(store: Store, tmp_path: Path, path: str) -> None:
+def test_a_manifest_with_a_path_that_leads_out_is_not_believed(store: Store, raw: Raw, path: str) -> None:
     whole = manifest(files=(File("encoder.onnx", 0, ""), File("model/config.json", 0, ""), File(path, 0, "")))
     content = encode(whole)
-    folder = fill(tmp_path / "store" / "artifacts" / artifact_id(content))
-    (folder / "manifest.json").write_bytes(content)
+    raw.write(f"artifacts/{artifact_id(content)}/manifest.json", content)
     with pytest.raises(StoreError, match="cannot be used") as raised:
         store.get(artifact_id(content))
     assert raised.value.reason is Reason.DAMAGED
 
 
+@in_a_folder
 def test_artifacts_are_found_by_what_they_are(store: Store) -> None:
     a = publish(store, 1)
     b = publish(store, 2, target="openvino")
@@ -145,6 +138,7 @@ def test_artifacts_are_found_by_what_they_are(store: Store) -> None:
     assert open_store(store.location + "-not-there").find() == []
 
 
+@in_a_folder
 def test_pages_hold_still_while_artifacts_come_and_go(store: Store) -> None:
     stored = [publish(store, number) for number in range(7)]
     first = store.page(page_size=3)
@@ -158,6 +152,7 @@ def test_pages_hold_still_while_artifacts_come_and_go(store: Store) -> None:
     assert store.page(page_size=7).next_page_token == store.page(page_size=6).next_page_token == ""
 
 
+@in_a_folder
 def test_artifacts_of_one_second_are_all_listed(store: Store) -> None:
     ids = {publish(store, number, created_at="2026-11-24T10:00:00Z").id for number in range(5)}
     seen, token = [], ""
@@ -170,6 +165,7 @@ def test_artifacts_of_one_second_are_all_listed(store: Store) -> None:
     assert sorted(seen) == sorted(ids)
 
 
+@in_a_folder
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -186,6 +182,7 @@ def test_a_page_that_cannot_be_is_refused(store: Store, options: dict[str, Any],
     assert raised.value.reason is Reason.INVALID
 
 
+@in_a_folder
 def test_a_page_token_belongs_to_its_filters(store: Store) -> None:
     for number in range(2):
         publish(store, number)
@@ -194,7 +191,8 @@ def test_a_page_token_belongs_to_its_filters(store: Store) -> None:
         store.page(page_size=1, page_token=token, target="onnx")
 
 
-def test_an_id_is_told_by_its_first_digits_when_they_are_enough(store: Store, tmp_path: Path) -> None:
+@in_a_folder
+def test_an_id_is_told_by_its_first_digits_when_they_are_enough(store: Store, raw: Raw) -> None:
     stored = publish(store)
     for wrong in ("", stored.id[:7], stored.id + "0", "g" * 64, "../" + stored.id):
         with pytest.raises(StoreError, match="8 or more") as raised:
@@ -203,8 +201,7 @@ def test_an_id_is_told_by_its_first_digits_when_they_are_enough(store: Store, tm
     with pytest.raises(StoreError, match=f"no artifact {'0' * 64}") as raised:
         store.get("0" * 64)
     assert raised.value.reason is Reason.NOT_FOUND
-    other = tmp_path / "store" / "artifacts" / (stored.id[:8] + "0" * 56)
-    fill(other, {"manifest.json": b""})
+    raw.write(f"artifacts/{stored.id[:8]}{'0' * 56}/manifest.json", b"{}")
     with pytest.raises(StoreError, match="more than one") as raised:
         store.get(stored.id[:8])
     assert raised.value.reason is Reason.AMBIGUOUS
@@ -223,38 +220,10 @@ def test_a_download_that_broke_off_goes_on_where_it_was(store: Store) -> None:
         with pytest.raises(StoreError, match="offset") as raised:
             store.read(stored.id, "encoder.onnx.data", offset)
         assert raised.value.reason is Reason.INVALID
-    for path in ("../../../.lock", "model", "/etc/passwd", ""):
+    for path in ("../../../lock", "model", "/etc/passwd", ""):
         with pytest.raises(StoreError, match="has no file") as raised:
             store.read(stored.id, path)
         assert raised.value.reason is Reason.NOT_FOUND
-
-
-def test_damage_is_told_and_never_served(store: Store, tmp_path: Path) -> None:
-    stored, whole = publish(store, 1), publish(store, 2)
-    folder = store.local_folder(stored.id)
-    (folder / "encoder.onnx").write_bytes(b"graph of the Encoder")
-    assert store.verify(stored.id) == [
-        next(problem for problem in store.verify(stored.id) if problem.startswith("encoder.onnx: its content has"))
-    ]
-    (folder / "encoder.onnx").write_bytes(b"")
-    with pytest.raises(StoreError, match="encoder.onnx has 0 bytes, should have 20") as raised:
-        store.local_folder(stored.id)
-    assert raised.value.reason is Reason.DAMAGED
-    (folder / "encoder.onnx").unlink()
-    (folder / "encoder.onnx").symlink_to(tmp_path / "store" / ".lock")
-    with pytest.raises(StoreError, match="link"):
-        next(store.read(stored.id, "encoder.onnx"))
-    (folder / "encoder.onnx").unlink()
-    assert "file is gone" in store.verify(stored.id)[0]
-    # Its manifest, too: a process that has not read it yet sees it.
-    (folder / "manifest.json").write_bytes(stored.manifest_json + b" ")
-    fresh = open_store(store.location)
-    with pytest.raises(StoreError, match="changed or damaged"):
-        fresh.get(stored.id)
-    assert fresh.find() == [whole]
-    fresh.delete(stored.id)
-    assert fresh.verify(whole.id) == []
-    assert not folder.exists()
 
 
 def test_what_use_chose_lasts_and_is_not_deleted(store: Store) -> None:
@@ -294,34 +263,28 @@ def test_what_is_held_is_not_deleted(store: Store) -> None:
         pass
 
 
-def age(store: Store, kind: str, seconds: float) -> None:
-    for file in (Path(store.location) / kind).iterdir():
-        changed = file.stat().st_mtime - seconds
-        os.utime(file, (changed, changed))
-
-
-def test_a_lease_that_nobody_renews_ends(store: Store) -> None:
+def test_a_lease_that_nobody_renews_ends(store: Store, raw: Raw) -> None:
     stored = publish(store)
     with store.hold(stored.id, "OCR service"):
-        age(store, "leases", 179)
+        raw.age("leases/", 170)
         assert list(store.users()) == [stored.id]
-        age(store, "leases", 2)
+        raw.age("leases/", 15)
         assert store.users() == {}
         assert open_store(store.location).collect(keep_newest=0).deleted == (stored,)
-        assert list((Path(store.location) / "leases").iterdir()) == []
+        assert raw.names("leases/") == []
 
 
-def test_a_lease_is_renewed_as_long_as_it_is_held(tmp_path: Path) -> None:
-    store = open_store(str(tmp_path), lease_s=0.6)
+def test_a_lease_is_renewed_as_long_as_it_is_held(raw: Raw) -> None:
+    store = open_store(raw.location, lease_s=1.2)
     stored = publish(store)
     with store.hold(stored.id, "OCR service"):
         # Once by its age, once after it was taken for dead and removed.
-        age(store, "leases", 3600)
+        raw.age("leases/", 3600)
         until(lambda: stored.id in store.users())
-        for lease in (tmp_path / "leases").iterdir():
-            lease.unlink()
+        for lease in raw.names("leases/"):
+            raw.remove(lease)
         until(lambda: stored.id in store.users())
-    assert list((tmp_path / "leases").iterdir()) == []
+    until(lambda: raw.names("leases/") == [])
 
 
 def until(condition: Any) -> None:
@@ -330,6 +293,7 @@ def until(condition: Any) -> None:
         threading.Event().wait(0.01)
 
 
+@in_a_folder
 def test_collect_keeps_the_newest_of_each_kind_and_the_young(store: Store) -> None:
     old = [publish(store, number) for number in range(4)]
     other_target = publish(store, 4, target="openvino")
@@ -350,24 +314,24 @@ def test_collect_keeps_the_newest_of_each_kind_and_the_young(store: Store) -> No
 
 
 def test_collect_takes_nothing_that_is_younger_than_a_publish_under_way(
-    store: Store, monkeypatch: pytest.MonkeyPatch
+    store: Store, raw: Raw, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    place = type(store._place)
     old = publish(store, 1)
-    old_manifest = Path(store.location) / "artifacts" / old.id / "manifest.json"
-    os.utime(old_manifest, (1_000_000_000, 1_000_000_000))
+    raw.age("artifacts/", 10)
     collected: list[Stored] = []
 
-    def prepare(self: Folder, artifact_id: str, *arguments: Any) -> None:
+    def prepare(self: Any, artifact_id: str, *arguments: Any) -> None:
         original(self, artifact_id, *arguments)
         if artifact_id != young.get("id"):
             other = open_store(store.location)
-            monkeypatch.setattr(Folder, "prepare", original)
+            monkeypatch.setattr(place, "prepare", original)
             young["id"] = publish(other, 2).id
             collected.extend(other.collect(keep_newest=0).deleted)
 
     young: dict[str, str] = {}
-    original = Folder.prepare
-    monkeypatch.setattr(Folder, "prepare", prepare)
+    original = place.prepare
+    monkeypatch.setattr(place, "prepare", prepare)
     last = publish(store, 3)
     assert [stored.id for stored in collected] == [old.id]
     assert {stored.id for stored in store.collect(keep_newest=0).deleted} == {young["id"], last.id}
@@ -377,44 +341,6 @@ def test_collect_leaves_what_is_being_made(store: Store) -> None:
     staging = fill(store.staging())
     open_store(store.location).collect(keep_newest=0)
     stored = store.publish(staging, manifest())
-    assert store.verify(stored.id) == []
-
-
-@pytest.fixture
-def open_to_all() -> Iterator[Path]:
-    """A folder that everybody may enter, as pytest's own is not."""
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o755)
-        yield Path(folder)
-
-
-def test_a_store_that_may_not_be_written_to_is_served_from(open_to_all: Path, caplog: Any) -> None:
-    root = open_to_all / "store"
-    store = open_store(str(root))
-    stored = publish(store)
-    store.use("handwriting-tiny", stored.id)
-    (root / ".lock").unlink()
-    for folder in (root, *(path for path in root.rglob("*") if path.is_dir())):
-        folder.chmod(0o555)
-    with without_rights():
-        reader = open_store(str(root))
-        assert reader.find() == [stored]
-        assert reader.used("handwriting-tiny") == stored.id
-        assert reader.verify(stored.id) == []
-        with reader.hold(stored.id, "OCR service"):
-            assert (reader.local_folder(stored.id) / "encoder.onnx").read_bytes() == FILES["encoder.onnx"]
-        assert "without a lease" in caplog.text
-        for attempt in (
-            lambda: reader.staging(),
-            lambda: reader.use("handwriting-tiny", stored.id),
-            lambda: reader.delete(stored.id),
-            lambda: reader.collect(),
-        ):
-            with pytest.raises(StoreError, match=f"{root}.*give the service's user the right") as raised:
-                attempt()
-            assert raised.value.reason is Reason.DENIED
-    for folder in (root, *(path for path in root.rglob("*") if path.is_dir())):
-        folder.chmod(0o755)
     assert store.verify(stored.id) == []
 
 
@@ -431,3 +357,29 @@ def test_artifacts_lie_in_the_users_data_folder_by_default(tmp_path: Path, monke
         monkeypatch.setenv("XDG_DATA_HOME", other)
         monkeypatch.setenv("HOME", str(tmp_path))
         assert default_location() == str(tmp_path / ".local" / "share" / "inkwell" / "artifacts")
+
+
+def test_damage_is_told_and_never_served(store: Store, raw: Raw) -> None:
+    stored, whole = publish(store, 1), publish(store, 2)
+    file, manifest_file = (f"artifacts/{stored.id}/{name}" for name in ("encoder.onnx", "manifest.json"))
+    raw.write(file, b"graph of the Encoder")
+    assert [problem.partition(" (")[0] for problem in store.verify(stored.id)] == [
+        "encoder.onnx: its content has changed"
+    ]
+    raw.write(file, b"graph")
+    with pytest.raises(StoreError, match="encoder.onnx.* 5 bytes.* should have 20") as raised:
+        store.local_folder(stored.id)
+    assert raised.value.reason is Reason.DAMAGED
+    raw.remove(file)
+    assert "the file is gone" in store.verify(stored.id)[0]
+    with pytest.raises(StoreError, match="encoder.onnx.* (gone|missing)"):
+        store.local_folder(stored.id)
+    # Its manifest, too: a process that has not read it yet sees it.
+    raw.write(manifest_file, stored.manifest_json + b" ")
+    fresh = open_store(store.location)
+    with pytest.raises(StoreError, match="changed or damaged"):
+        fresh.get(stored.id)
+    assert fresh.find() == [whole]
+    fresh.delete(stored.id)
+    assert fresh.verify(whole.id) == []
+    assert raw.names(f"artifacts/{stored.id}") == []
