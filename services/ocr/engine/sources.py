@@ -117,6 +117,8 @@ def open_source(name: str, stored: Stored, settings: Settings, hardware: Hardwar
         allow_16_bit=manifest.precision in ("bfloat16", "float16"),
         cache_folder=cache_folder() / "sessions",
         triton_address=settings.triton_address,
+        triton_timeout_s=settings.triton_timeout_s,
+        triton_shared_memory=settings.triton_shared_memory,
     )
     with ExitStack() as holding:
         store = open_store(settings.artifact_store)
