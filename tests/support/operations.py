@@ -98,6 +98,7 @@ class Caller:
         # Not retried by gRPC: tests are to see what there is to see.
         options = [("grpc.enable_retries", 0), ("grpc.use_local_subchannel_pool", 1)]
         options += [("grpc.initial_reconnect_backoff_ms", 20), ("grpc.max_reconnect_backoff_ms", 100)]
+        self.port = port
         self.channel = grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options)
         self.operations = OperationsStub(self.channel)
         self._watch = watch_pb2_grpc.OperationsWatchServiceStub(self.channel)

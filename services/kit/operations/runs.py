@@ -105,7 +105,7 @@ class Runs:
         return future.result()
 
     async def run(self, row_id: str) -> bool:
-        """Do the operation; False if that is left to the next process."""
+        """Do the operation; False if that is not, or no longer, for this process to do."""
         if self._draining:
             return False
         self._active += 1
@@ -158,7 +158,7 @@ class Runs:
         return response
 
     async def _record(self, row: Row, run: Run) -> bool:
-        """Write down how the run ended; False if it is to be run again."""
+        """Write down how the run ended; False if that is for somebody else to do."""
         error = asyncio.CancelledError() if run.task.cancelled() else run.task.exception()
         outcome: Outcome
         if error is None:
@@ -167,7 +167,7 @@ class Runs:
             await self._caller.insist(self._log.leave, row.id, run.token)
             return False
         elif run.stopped or isinstance(error, SupersededError):
-            return True  # whoever cancelled it, or took it over, has written that down
+            return False  # whoever cancelled it, or took it over, has written that down and tells DBOS
         elif isinstance(error, LeavingError):
             raise error
         elif isinstance(error, Fault):

@@ -27,9 +27,8 @@ log = structlog.get_logger(__name__)
 
 PREFIX = "operations"
 
-# Each process says this often that it lives, and takes over from those that have been silent for too long.
-_BEAT_S = 5.0
-_SILENT_S = 30.0
+# Each process says that it lives so many times within the time after which it would count as lost.
+_BEATS = 6
 # How often processes that share a database look for what the others have written.
 _FOLLOW_S = 0.5
 # Written down this long ago and still in no queue: the process was lost in between.
@@ -95,7 +94,8 @@ class Operations:
             except SQLAlchemyError as error:
                 shown = self._file or self._url.render_as_string(hide_password=True)
                 raise OSError(f"cannot keep operations in {shown}: {error.__cause__ or error}") from error
-            loops = [self._repeat(self._keep, _BEAT_S)]
+            settings = self._settings
+            loops = [self._repeat(self._keep, settings.operations_lost_after_s / _BEATS)]
             if self._file is None:
                 loops.append(self._repeat(self._follow, _FOLLOW_S))
             for loop in loops:
@@ -286,7 +286,7 @@ class Operations:
         """Say that this process lives, and look after what others, or time, have left behind."""
         call = self._caller.call
         await call(self._log.beat, self._process)
-        for process in await call(self._log.claim_lost, silent_ms=int(_SILENT_S * 1000)):
+        for process in await call(self._log.claim_lost, silent_ms=int(self._settings.operations_lost_after_s * 1000)):
             taken = await call(self._workflows.take_over, process)
             await call(self._log.remove_process, process)
             if taken:

@@ -27,6 +27,13 @@ class OperationsSettings(ServiceSettings):
         10, ge=1, le=1000, description="times that an operation is begun when the process is lost while it runs"
     )
 
+    operations_lost_after_s: float = Field(
+        30.0,
+        ge=0.1,
+        description="seconds of silence after which a replica that shares the database counts as lost, and others run"
+        " what it ran; its clock may differ by less than that",
+    )
+
     @field_validator("operations_database")
     @classmethod
     def _known_database(cls, value: str) -> str:

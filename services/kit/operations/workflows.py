@@ -30,7 +30,7 @@ class _LeftError(BaseException):
 class Workflows:
     """One process's share of the work. There is one at a time in a process, as DBOS has it.
 
-    run: does the operation with this id; False if it is still to be done, by whoever comes next.
+    run: does the operation with this id; False if how that ended is for somebody else to say.
     """
 
     def __init__(
