@@ -85,22 +85,24 @@ def verify_graph(
     precision: ArtifactPrecision,
     say: Callable[[str], None],
     *,
+    sizes: "Sizes | None" = None,
     device: str = "cpu",
 ) -> tuple[list[Check], tuple[Axis, ...]]:
     """Run a built graph at the corners of its axes against the torch module.
 
-    session: of the built graph. The axes that come back are those that were verified: a largest size that does not fit
+    session: of the built graph. sizes: of the exported one; None to look at its file. The axes that come back are those that were verified: a largest size that does not fit
     into memory is lowered, and `say` told. Raises VerificationError.
     """
     tolerance = TOLERANCES[precision]
-    measured = Sizes(graph, int(free_memory(device) * _MEMORY_SHARE))
-    axes = tuple(measured.lowered(axis, say) for axis in graph.axes)
+    measured = sizes or Sizes(graph)
+    most = int(free_memory(device) * _MEMORY_SHARE)
+    axes = tuple(measured.lowered(axis, most, say) for axis in graph.axes)
     corners, left_out = list(_corners(axes)), 0
     worst, tried = 0.0, 0
     seconds = 0.0  # of torch, a byte of what it computes
     for corner in corners:
         bytes_ = measured.bytes(corner)
-        if bytes_ > measured.most or (tried and seconds * bytes_ > _CORNER_SECONDS_MOST):
+        if bytes_ > most or (tried and seconds * bytes_ > _CORNER_SECONDS_MOST):
             left_out += 1
             continue
         feeds = graph.example(corner)
@@ -153,23 +155,21 @@ def require(checks: Sequence[Check]) -> None:
 class Sizes:
     """What the tensors of a graph take at given sizes of its axes."""
 
-    def __init__(self, graph: ExportedGraph, most: int) -> None:
+    def __init__(self, graph: ExportedGraph) -> None:
         self._graph = graph
         self._model = onnx.load(graph.file, load_external_data=False)
         _drop_large(self._model)
         self._known: dict[tuple[tuple[str, int], ...], int] = {}
-        self.most = most  # bytes that one corner may take
-
-    def lowered(self, axis: Axis, say: Callable[[str], None]) -> Axis:
-        """The axis with a largest size that fits into memory, the others at their smallest."""
+    def lowered(self, axis: Axis, most: int, say: Callable[[str], None]) -> Axis:
+        """The axis with a largest size that fits into so many bytes, the others at their smallest."""
         others = {other.name: other.low for other in self._graph.axes}
         high = axis.high
-        while high > axis.low and self.bytes({**others, axis.name: high}) > self.most:
+        while high > axis.low and self.bytes({**others, axis.name: high}) > most:
             high = max(axis.low, high // 2)
         if high < axis.high:
             say(
                 f"{self._graph.component}: {axis.name} is verified up to {high} of {axis.high}: more does not fit into"
-                f" {self.most / 1e9:.1f} GB of memory"
+                f" {most / 1e9:.1f} GB of memory"
             )
         return msgspec.structs.replace(axis, high=high)
 

@@ -22,12 +22,12 @@ from services.diffusion.engine.adapter_files import Unfit, Unusable
 from services.diffusion.engine.controls import LoadedControl
 from services.diffusion.engine.embeddings import Embeddings
 from services.diffusion.engine.image_prompts import ImagePromptSet
-from services.diffusion.engine.loading import BUILDING
 from services.diffusion.engine.loras import LoadedLora, Loras
 from services.diffusion.engine.overlay import Overlay, OverlaySwitch
 from services.diffusion.settings import Settings
 from services.kit import faults
 from services.kit.faults import Fault, FaultData, FieldViolation, Kind
+from services.runtimes.torch_diffusion import BUILDING
 
 log = logging.getLogger(__name__)
 

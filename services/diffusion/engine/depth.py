@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
-from services.diffusion.engine.loading import BUILDING
 from services.kit.faults import Fault, failed_precondition
 from services.runtimes.checkpoints import CheckpointError, require_weights
+from services.runtimes.torch_diffusion import BUILDING
 
 _MODEL_TYPES = ("depth_anything", "dpt")
 # Parts that only training uses; published folders leave them out.

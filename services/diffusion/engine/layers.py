@@ -17,8 +17,8 @@ from services.diffusion.engine.adapters import Adapters, Held
 from services.diffusion.engine.conditioning import Conditioning
 from services.diffusion.engine.controls import LoadedControl
 from services.diffusion.engine.models import LoadedModel
-from services.diffusion.engine.sources import ModelError
 from services.kit import faults
+from services.runtimes.diffusion_sources import ModelError
 
 
 class Layers:

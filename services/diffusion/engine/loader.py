@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 
 from services.diffusion import catalog
-from services.diffusion.engine import sources
 from services.diffusion.engine.models import LoadedModel, needed_bytes
-from services.diffusion.engine.sources import ModelError, ModelMissingError, Source
 from services.diffusion.settings import ModelSettings, Settings
 from services.kit import faults
 from services.kit.faults import Fault
+from services.runtimes import diffusion_sources as sources
+from services.runtimes.diffusion_sources import ModelError, ModelMissingError, Source
 from services.runtimes.hardware import Hardware
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class Loader:
         if row is None:
             raise ModelMissingError(f"model {name}: there is no such model any more")
         try:
-            source = sources.find(row)
+            source = sources.find(row.source, row.config)
             return Checked(row, source, needed_bytes(row, source, self.dtype))
         except ModelError as error:
             raise type(error)(f"model {name}: {error}") from error

@@ -27,11 +27,11 @@ from services.diffusion.engine.layers import Layers
 from services.diffusion.engine.models import LoadedModel, choose_dtype
 from services.diffusion.engine.picture import Picture
 from services.diffusion.engine.shelf import Shelf
-from services.diffusion.engine.sources import ModelError
 from services.diffusion.settings import MEMORY_SHARE, Settings
 from services.kit import faults
 from services.kit.engine_api import Accepted, Cancelled, EngineEvent, Failed, Finished, Raw, Update
 from services.kit.faults import Fault
+from services.runtimes.diffusion_sources import ModelError
 from services.runtimes.hardware import detect, free_memory
 
 log = logging.getLogger(__name__)

@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from services.diffusion.domain import ModelInfo, Sampling
-from services.diffusion.engine import decoding, features, lanes, loading, sources
+from services.diffusion.engine import decoding, features, lanes
 from services.diffusion.engine.conditioning import Conditioner
 from services.diffusion.engine.previews import Previews
 from services.diffusion.engine.schedulers import Schedulers
-from services.diffusion.engine.sources import ModelError, Source
 from services.diffusion.settings import ModelSettings
+from services.runtimes import diffusion_sources as sources
+from services.runtimes import torch_diffusion as loading
+from services.runtimes.diffusion_sources import ModelError, Source
 from services.runtimes.hardware import Hardware
 
 PREVIEW_FOLDER = "preview_autoencoder"
@@ -39,7 +41,7 @@ class LoadedModel:
         self._row = row
         self._vaes: dict[str, Any] = {}
         try:
-            source = source or sources.find(row)
+            source = source or sources.find(row.source, row.config)
             _check_vaes(row)
             self.index = source.index
             self.pipeline = loading.load(source, dtype, self.device)

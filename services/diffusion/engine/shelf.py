@@ -24,12 +24,12 @@ from services.diffusion import catalog
 from services.diffusion.domain import EngineInfo, Loading, LoadJob, PaintJob, UnloadJob
 from services.diffusion.engine.loader import Checked, Loader, fault_of
 from services.diffusion.engine.models import LoadedModel
-from services.diffusion.engine.sources import ModelError
 from services.diffusion.settings import Settings
 from services.kit import faults
 from services.kit.engine_api import Accepted, Described, EngineEvent, Failed, Finished, Raw, Update
 from services.kit.faults import Fault
 from services.runtimes import eviction
+from services.runtimes.diffusion_sources import ModelError
 from services.runtimes.hardware import Hardware
 
 log = logging.getLogger(__name__)

@@ -31,7 +31,7 @@ def hub(families: Families, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 PROGRAM = """
 import sys, json, torch
 from services.diffusion.engine.models import LoadedModel
-from services.diffusion.engine.sources import ModelError
+from services.runtimes.diffusion_sources import ModelError
 from services.diffusion.settings import ModelSettings
 from services.runtimes.hardware import Hardware
 answers = []

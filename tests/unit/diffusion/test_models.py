@@ -10,10 +10,10 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file
 
-from services.diffusion.engine import sources
 from services.diffusion.engine.models import LoadedModel, choose_dtype, needed_bytes
-from services.diffusion.engine.sources import ModelError
 from services.diffusion.settings import ModelSettings
+from services.runtimes import diffusion_sources as sources
+from services.runtimes.diffusion_sources import ModelError
 from services.runtimes.hardware import Hardware
 from tests.support import tiny_diffusion
 
@@ -145,7 +145,7 @@ class TestOtherVaes:
 
     def test_count_before_they_are_loaded(self, folders: dict[str, Path], other: Path) -> None:
         plain, more = ModelSettings(source=str(folders["plain"])), {"bright": str(other)}
-        source = sources.find(plain)
+        source = sources.find(plain.source, plain.config)
         row = ModelSettings(source=str(folders["plain"]), vaes=more)
         numbers = sum(weight.numel() for weight in AutoencoderKL.from_pretrained(other).parameters())
         difference = needed_bytes(row, source, torch.bfloat16) - needed_bytes(plain, source, torch.bfloat16)
@@ -182,6 +182,6 @@ class TestOtherVaes:
 def test_what_loading_will_take_is_what_it_takes(folders: dict[str, Path]) -> None:
     for name, folder in folders.items():
         row = ModelSettings(source=str(folder))
-        needed = needed_bytes(row, sources.find(row), torch.float32)
+        needed = needed_bytes(row, sources.find(row.source, row.config), torch.float32)
         held = load(folder).info.memory_bytes
         assert 0.99 * held <= needed <= 1.01 * held, name  # position numbers are in no file

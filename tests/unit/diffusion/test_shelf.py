@@ -12,13 +12,13 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from services.diffusion.domain import EngineInfo, Loading, LoadJob, ModelInfo, Refiner, UnloadJob
-from services.diffusion.engine import sources
 from services.diffusion.engine.main import DiffusionEngine
 from services.diffusion.engine.models import LoadedModel, needed_bytes
-from services.diffusion.engine.sources import ModelError
 from services.diffusion.settings import ModelSettings, Settings
 from services.kit.engine_api import Accepted, Cancelled, Described, EngineEvent, Failed, Finished, Raw, Update
 from services.kit.faults import Fault, FaultData, Kind
+from services.runtimes import diffusion_sources as sources
+from services.runtimes.diffusion_sources import ModelError
 from tests.support import tiny_diffusion
 from tests.unit.diffusion.conftest import paint_job
 
@@ -97,7 +97,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model_bytes(root: Path) -> int:
     row = ModelSettings(source=str(root / "a"))
-    return needed_bytes(row, sources.find(row), torch.float32)
+    return needed_bytes(row, sources.find(row.source, row.config), torch.float32)
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from services.diffusion.engine import sources
 from services.diffusion.engine.models import LoadedModel
-from services.diffusion.engine.sources import ModelError, ModelMissingError
 from services.diffusion.settings import ModelSettings
+from services.runtimes import diffusion_sources as sources
+from services.runtimes.diffusion_sources import ModelError, ModelMissingError
 from services.runtimes.hardware import Hardware
 from tests.unit.diffusion.conftest import Families
 

@@ -1,4 +1,4 @@
-"""Loads what `engine/sources.py` found, part by part.
+"""Loads what `diffusion_sources.py` found, part by part.
 
 What is wrong is said with the part's name, and no weight that is missing is ever made up.
 
@@ -21,7 +21,7 @@ from diffusers import pipelines as diffusers_pipelines
 from diffusers.loaders.single_file import load_single_file_sub_model
 from torch import nn
 
-from services.diffusion.engine.sources import ModelError, Source, check_weights, is_refiner
+from services.runtimes.diffusion_sources import ModelError, Source, check_weights, is_refiner
 
 BUILDING = threading.RLock()
 

@@ -16,11 +16,10 @@ from diffusers.utils.deprecation_utils import _maybe_remap_transformers_class
 from huggingface_hub import snapshot_download
 from torch import nn
 
-from services.diffusion.catalog import INDEX
-from services.diffusion.settings import ModelSettings
 from services.runtimes import safetensors_files
 from services.runtimes.checkpoints import Checkpoint, CheckpointError, CheckpointMissingError, hub_errors, resolve
 
+INDEX = "model_index.json"
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _SINGLE_FILE = ".safetensors"
 _PICKLE_ADVICE = "which can run code when loaded; convert them to safetensors"
@@ -74,22 +73,26 @@ class Source:
     file_bytes: int
 
 
-def find(row: ModelSettings) -> Source:
-    """Look at a model of the table, fetching it from the hub if it is not in its cache yet.
+def find(source: str, config: str | None = None) -> Source:
+    """Look at a checkpoint, fetching it from the hub if it is not in its cache yet.
+
+    source: a diffusers folder, one .safetensors file of a whole checkpoint, or a hub model pinned as
+    owner/name@revision. config: for a .safetensors file, the folder or hub model whose configurations and tokenizers it
+    goes with.
 
     Raises ModelError (ModelMissingError where there is nothing): a pickle, a file that is not whole, a part without
     files, a class that the libraries do not have.
     """
-    location = Path(row.source).expanduser()
+    location = Path(source).expanduser()
     if location.suffix in PICKLES:
-        raise ModelError(f"{row.source} is a pickle, {_PICKLE_ADVICE}")
+        raise ModelError(f"{source} is a pickle, {_PICKLE_ADVICE}")
     if location.suffix == _SINGLE_FILE:
         if not location.is_file():
-            raise ModelMissingError(f"there is no file {row.source}")
-        return _find_single_file(location, row)
+            raise ModelMissingError(f"there is no file {source}")
+        return _find_single_file(location, config)
     if location.is_dir():
         return _find_folder(location)
-    return _find_folder(_fetch(row.source, whole=True))
+    return _find_folder(_fetch(source, whole=True))
 
 
 def is_refiner(index: dict[str, Any]) -> bool:
@@ -116,14 +119,14 @@ def _find_folder(folder: Path) -> Source:
     return _source(folder, index, None, parts, 0)
 
 
-def _find_single_file(file: Path, row: ModelSettings) -> Source:
-    if row.config is None:
+def _find_single_file(file: Path, config: str | None) -> Source:
+    if config is None:
         raise ModelError(
             f"{file.name} is a single file and needs `config`: the diffusers folder, or hub model pinned as"
             " owner/name@revision, whose configurations and tokenizers it goes with"
         )
-    local = Path(row.config).expanduser()
-    folder = local if local.is_dir() else _fetch(row.config, whole=False)
+    local = Path(config).expanduser()
+    folder = local if local.is_dir() else _fetch(config, whole=False)
     try:
         tensors = safetensors_files.tensors_in(file)
     except ValueError as error:
