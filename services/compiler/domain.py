@@ -43,3 +43,18 @@ class CompileProgress(msgspec.Struct, frozen=True):
     step: int
     step_count: int
     note: str
+
+
+class CompileJob(msgspec.Struct, frozen=True):
+    """What the child process is given. staging: a folder of the store's, for the files of the artifact."""
+
+    request: CompileRequest
+    store: str  # as open_store takes it
+    staging: str
+    allow_pickled_weights: bool = False
+
+
+class CompileResult(msgspec.Struct, frozen=True):
+    """The artifact that came of it, or that there was already."""
+
+    artifact_id: str

@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 from services.runtimes.artifacts.built_on import Machine, machine, refusal
 from services.runtimes.artifacts.errors import Reason, StoreError
 from services.runtimes.artifacts.manifest import SPEED_RATIO, ArtifactPrecision, RuntimeName
-from services.runtimes.artifacts.store import Stored
+from services.runtimes.artifacts.store import TORCH, Stored
 from services.runtimes.hardware import Hardware
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,9 @@ def choose(
         return None
     here = here or machine(hardware)
     used = store.used(model)
-    if used is not None and (chosen := _used(store, used, model, runtime, here)):
+    if used == TORCH and runtime == "auto":
+        return None
+    if used is not None and used != TORCH and (chosen := _used(store, used, model, runtime, here)):
         if precision not in ("auto", chosen.manifest.precision):
             raise ChoiceError(
                 f"model {model}: artifact {chosen.id[:12]}, which `inkwell use` chose, has precision"

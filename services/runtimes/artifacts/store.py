@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 
 _ID = re.compile(r"[0-9a-f]{8,64}")
 PAGE_SIZE_MOST = 200
+# In place of an artifact's id: the model is run from its checkpoint.
+TORCH = "torch"
 # How long a lease counts after its last renewal: an artifact of a holder that was killed can be deleted after it.
 LEASE_S = 180.0
 
@@ -356,15 +358,15 @@ class Store:
                 self._leases.end(name)
 
     def use(self, model: str, artifact_id: str) -> None:
-        """From now on the model is run from this artifact, wherever that is left to choose."""
+        """From now on the model is run from this artifact, wherever that is left to choose; TORCH: from none."""
         if not model:
             raise StoreError(Reason.INVALID, "model: it is empty")
         with self._place.locked():
-            stored = self.get(artifact_id)
-            self._place.write_note(USED, _note_name(model), msgspec.json.encode(_Choice(model, stored.id)))
+            chosen = TORCH if artifact_id == TORCH else self.get(artifact_id).id
+            self._place.write_note(USED, _note_name(model), msgspec.json.encode(_Choice(model, chosen)))
 
     def used(self, model: str) -> str | None:
-        """The id that `use` was last given for the model."""
+        """The id that `use` was last given for the model, or TORCH."""
         note = self._place.note(USED, _note_name(model))
         return msgspec.json.decode(note, type=_Choice).artifact_id if note else None
 
@@ -380,7 +382,8 @@ class Store:
         found: dict[str, list[str]] = {}
         for note in self._place.notes(USED).values():
             choice = msgspec.json.decode(note.content, type=_Choice)
-            found.setdefault(choice.artifact_id, []).append(f"chosen for model {choice.model}")
+            if choice.artifact_id != TORCH:
+                found.setdefault(choice.artifact_id, []).append(f"chosen for model {choice.model}")
         for lease in self._leases.live():
             found.setdefault(lease.artifact_id, []).append(lease.holder)
         return found
