@@ -1,11 +1,12 @@
 """Memory that a Triton server on this host maps too, so that tensors need not go through gRPC."""
 
+import ast
 import contextlib
 import mmap
+import operator
 import os
-import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,13 @@ from services.runtimes.sessions.interface import SessionError
 # Where Linux keeps what shm_open names, which is how Triton opens it.
 _FOLDER = Path("/dev/shm")  # noqa: S108 - not a temporary file
 _ALIGNMENT = 64  # of tensors within a region: a cache line
+# What the exporter writes sizes of outputs with.
+_OPERATORS: Mapping[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+}
 
 
 class Region:
@@ -112,14 +120,23 @@ class Region:
 
 
 def byte_size(port: Port, axes: Mapping[str, int]) -> int | None:
-    """Bytes of a tensor whose dimensions are numbers, axes, or sums of them ("past + 1"); None if one is not known."""
+    """Bytes of a tensor whose dimensions are numbers, axes, or sums of them ("8*height"); None if one is not known."""
     count = torch_dtype(port.dtype).itemsize
     for size in port.shape:
-        total = 0
-        for part in re.split(r"\s*\+\s*", str(size)):
-            value = int(part) if part.isdigit() else axes.get(part)
-            if value is None:
-                return None
-            total += value
-        count *= total
+        try:
+            count *= size if isinstance(size, int) else _value(ast.parse(size, mode="eval").body, axes)
+        except (KeyError, SyntaxError):
+            return None
     return count
+
+
+def _value(node: ast.expr, axes: Mapping[str, int]) -> int:
+    """What a dimension comes to; raises KeyError for what cannot be known from the axes."""
+    match node:
+        case ast.Constant(value=int(number)):
+            return number
+        case ast.Name(id=name):
+            return axes[name]
+        case ast.BinOp(left=left, op=sign, right=right) if type(sign) in _OPERATORS:
+            return _OPERATORS[type(sign)](_value(left, axes), _value(right, axes))
+    raise KeyError(ast.dump(node))

@@ -36,6 +36,8 @@ def planned(folder: Path, machine: Machine = L4, precision: ArtifactPrecision = 
         (Axis("past", 0, 511), (0, 23, 511)),
         (Axis("height", 64, 64), (64, 64, 64)),
         (Axis("empty", 0, 0), (0, 0, 0)),
+        (Axis("height", 6, 14), (6, 10, 14)),
+        (Axis("half_of_height", 3, 7), (3, 5, 7)),
     ],
 )
 def test_profiles_reach_from_the_smallest_to_the_largest_size(axis: Axis, expected: tuple[int, int, int]) -> None:

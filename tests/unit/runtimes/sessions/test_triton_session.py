@@ -270,5 +270,7 @@ def test_a_repository_of_others_gets_ports_from_the_servers_metadata(tmp_path: P
 def test_sizes_of_outputs_are_known_from_the_inputs_where_they_can_be() -> None:
     assert byte_size(Port("a", "float32", ("rows", 4)), {"rows": 3}) == 48
     assert byte_size(Port("a", "float16", ("rows", "past + 1")), {"rows": 2, "past": 3}) == 16
+    assert byte_size(Port("a", "float32", ("8*height", "(width//8)")), {"height": 2, "width": 64}) == 16 * 8 * 4
     assert byte_size(Port("a", "int64", ()), {}) == 8
+    assert byte_size(Port("a", "int64", ("max(rows, 2)",)), {"rows": 3}) is None
     assert byte_size(Port("a", "float32", ("found",)), {"rows": 3}) is None
