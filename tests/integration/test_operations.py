@@ -9,11 +9,13 @@ from typing import Any
 
 import grpc
 import pytest
+import sqlalchemy
 from google.longrunning import operations_pb2
 from google.protobuf import duration_pb2
 from google.rpc import code_pb2, error_details_pb2
 from grpc_status import rpc_status
 
+from services.kit.operations.log import Log
 from tests.support.child_work import Todo
 from tests.support.operations import Caller, Number, ServiceProcess, serving
 from tests.support.processes import alive
@@ -281,6 +283,33 @@ async def test_what_was_lost_too_often_is_not_begun_again(tmp_path: Path) -> Non
     assert await second.process.wait() == 1  # type: ignore[union-attr]
     await service.end()
     await caller.channel.close()
+
+
+async def test_a_request_whose_process_was_lost_before_it_was_queued_is_done(tmp_path: Path) -> None:
+    file = tmp_path / "operations.sqlite"
+    row_id = str(uuid.uuid4())
+    written = Log(sqlalchemy.URL.create("sqlite", database=str(file)), schema=None, clock_ms=lambda: 1)
+    written.create()
+    written.insert(row_id, kind="work", owner="", request='{"steps":2}', priority=2, most=1)
+    written.close()
+    async with serving(file) as caller:
+        assert kinds(await caller.events(f"operations/test/{row_id}"))[-4:] == [
+            "started",
+            "progress",
+            "progress",
+            "done",
+        ]
+
+
+async def test_what_came_of_an_operation_is_kept_for_a_while(tmp_path: Path) -> None:
+    async with serving(tmp_path / "operations.sqlite", operations_kept_s=1, operations_lost_after_s=0.1) as caller:
+        operation = await caller.begin(Todo())
+        await caller.events(operation.name)
+        assert (await caller.get(operation.name)).done
+        listing = pb.ListOperationsRequest()
+        while (await caller.operations.ListOperations(listing)).operations:
+            pass
+        await refused(caller.get(operation.name), grpc.StatusCode.NOT_FOUND, "OPERATION_NOT_FOUND", "kept for 1 s")
 
 
 @pytest.mark.parametrize("address", ["/dev/null/x.sqlite", "postgresql://inkwell:secret@127.0.0.1:1/inkwell"])

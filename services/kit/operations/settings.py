@@ -4,6 +4,7 @@ from pathlib import Path
 
 import sqlalchemy
 from pydantic import Field, field_validator
+from pydantic_settings import SettingsConfigDict
 
 from services.kit.settings import ServiceSettings
 
@@ -11,7 +12,9 @@ _FOLDER = Path("~/.local/share/inkwell/operations")
 
 
 class OperationsSettings(ServiceSettings):
-    """Inherited in place of ServiceSettings; no field is named twice."""
+    """Inherited in place of ServiceSettings."""
+
+    model_config = SettingsConfigDict(hide_input_in_errors=True)  # the address may hold a password
 
     operations_database: str = Field(
         "",
@@ -43,7 +46,6 @@ class OperationsSettings(ServiceSettings):
             except sqlalchemy.exc.ArgumentError:
                 name = "?"
             if name not in ("sqlite", "postgresql"):
-                # Not repeated: it may hold a password.
                 raise ValueError("a path, sqlite:///path, or postgresql://user:password@host/database")
         return value
 
