@@ -33,7 +33,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ExportedGrap
 
 @pytest.fixture(scope="module")
 def repository(exported: dict[str, ExportedGraph], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, small = tmp_path_factory.mktemp("repository"), tmp_path_factory.mktemp("small")
+    folder, small = tmp_path_factory.mktemp("artifact"), tmp_path_factory.mktemp("small")
     built = [
         BuiltGraph(Graph(name, "", graph.inputs, graph.outputs, graph.axes, 0), graph.file, graph.example)
         for name, graph in exported.items()
@@ -41,7 +41,7 @@ def repository(exported: dict[str, ExportedGraph], tmp_path_factory: pytest.Temp
     triton.write_repository(built, folder, "cpu", RepositoryOptions("handwriting-tiny-", "float32"))
     small_ones = [small_graphs.encoder(small), small_graphs.decoder(small), small_graphs.denoiser(small)]
     triton.write_repository(small_ones, folder, "cpu", RepositoryOptions("small-", "float32"))
-    return folder
+    return folder / triton.REPOSITORY
 
 
 @pytest.fixture(scope="module")

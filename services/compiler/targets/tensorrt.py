@@ -15,8 +15,15 @@ from onnx import TensorProto
 from services.compiler.targets import tensorrt_operators
 from services.compiler.targets.axes import sizes
 from services.compiler.targets.onnx_parts import onnx_parts
-from services.compiler.targets.tensorrt_machine import MINIMUM_CAPABILITY, PRECISIONS, Machine
+from services.compiler.targets.tensorrt_machine import (
+    MINIMUM_CAPABILITY,
+    PRECISIONS,
+    Machine,
+    no_such_precision,
+    require_capability,
+)
 from services.kit.faults import failed_precondition
+from services.runtimes.artifacts import user_folders
 from services.runtimes.artifacts.manifest import ArtifactPrecision, Axis, Port
 
 ENGINE_FILE = "model.plan"
@@ -99,13 +106,11 @@ def plan(
     operators: the message names nodes and operators.
     """
     if precision not in PRECISIONS:
-        raise failed_precondition(
-            "PRECISION_NOT_SUPPORTED",
-            f"{component}: TensorRT has no {precision}; it takes {', '.join(PRECISIONS)}",
-            component=component,
-        )
+        raise no_such_precision(precision)
+    require_capability(precision, MINIMUM_CAPABILITY[precision], machine)
     operators = tensorrt_operators.check(file)
-    _require_capability(component, precision, operators.types, machine)
+    for kind in sorted(operators.types & _TYPE_CAPABILITY.keys()):
+        require_capability(f"{component}: {TensorProto.DataType.Name(kind)}", _TYPE_CAPABILITY[kind], machine)
     if operators.refusals:
         raise failed_precondition(
             "OPERATORS_NOT_SUPPORTED",
@@ -185,13 +190,13 @@ def report(plan: Plan, engine: Path) -> str:
 def build(plan: Plan, engine: Path, *, cache_folder: Path | None = None, say: Callable[[str], None]) -> None:
     """Build the engine into a file, and its note beside it. Takes minutes; needs the machine that the plan is for.
 
-    cache_folder: where timing caches, and engines by their key, are kept between builds; anything in it may be deleted
-    at any time. Raises Fault (FAILED_PRECONDITION) naming what is missing before anything else is done, or the node and
-    operator that TensorRT refuses.
+    cache_folder: where timing caches, and engines by their key, are kept between builds; None for the user's own.
+    Anything in it may be deleted at any time. Raises Fault (FAILED_PRECONDITION) naming what is missing before anything
+    else is done, or the node and operator that TensorRT refuses.
     """
     from services.compiler.targets.tensorrt_build import build_engine
 
-    build_engine(plan, engine, cache_folder, say)
+    build_engine(plan, engine, cache_folder or user_folders.cache_folder() / "tensorrt", say)
 
 
 def _input_sizes(port: Port, bounds: Mapping[str, tuple[int, int, int]]) -> InputSizes:
@@ -199,20 +204,6 @@ def _input_sizes(port: Port, bounds: Mapping[str, tuple[int, int, int]]) -> Inpu
         return tuple(bounds[d][which] if isinstance(d, str) else d for d in port.shape)
 
     return InputSizes(shape(0), shape(1), shape(2))
-
-
-def _require_capability(component: str, precision: ArtifactPrecision, types: Collection[int], machine: Machine) -> None:
-    wanted = {precision: MINIMUM_CAPABILITY[precision]} | {
-        TensorProto.DataType.Name(kind): _TYPE_CAPABILITY[kind] for kind in types if kind in _TYPE_CAPABILITY
-    }
-    for name, capability in wanted.items():
-        if machine.device.capability < capability:
-            raise failed_precondition(
-                "PRECISION_NOT_SUPPORTED",
-                f"{component}: {name} takes a device of compute capability {capability[0]}.{capability[1]} or more, and"
-                f" {machine.device.name} has {machine.device.compute_capability}; compile to float16 instead",
-                component=component,
-            )
 
 
 def _digest(file: Path) -> tuple[str, int]:

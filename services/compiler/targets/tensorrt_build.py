@@ -14,7 +14,7 @@ from services.compiler.targets.tensorrt_machine import load, require
 from services.kit.faults import Fault, failed_precondition
 
 
-def build_engine(plan: Plan, engine: Path, cache_folder: Path | None, say: Callable[[str], None]) -> None:
+def build_engine(plan: Plan, engine: Path, cache_folder: Path, say: Callable[[str], None]) -> None:
     """See `tensorrt.build`."""
     machine = require()
     if (machine.tensorrt, machine.device.compute_capability) != (plan.tensorrt, plan.compute_capability):
@@ -24,20 +24,19 @@ def build_engine(plan: Plan, engine: Path, cache_folder: Path | None, say: Calla
             f" {plan.compute_capability}; here are {machine.tensorrt} and {machine.device.compute_capability}:"
             " compile it anew on this node",
         )
-    known = None if cache_folder is None else cache_folder / f"{plan.engine_key}.plan"
-    if known is not None and known.exists():
+    known = cache_folder / f"{plan.engine_key}.plan"
+    if known.exists():
         say(f"{plan.component}: engine {plan.engine_key[:12]} was built before")
         shutil.copyfile(known, engine)
     else:
         content = _build(load(), plan, cache_folder, say)
         _write(engine, content)
-        if known is not None:
-            _write(known, content)
+        _write(known, content)
     note = EngineNote(plan.tensorrt, plan.compute_capability, plan.device, plan.engine_key)
     _write(engine.with_name(engine.name + ".json"), msgspec.json.encode(note))
 
 
-def _build(trt: ModuleType, plan: Plan, cache_folder: Path | None, say: Callable[[str], None]) -> memoryview:
+def _build(trt: ModuleType, plan: Plan, cache_folder: Path, say: Callable[[str], None]) -> memoryview:
     logger = _logger(trt)
     builder = trt.Builder(logger)
     network = builder.create_network(
@@ -59,8 +58,8 @@ def _build(trt: ModuleType, plan: Plan, cache_folder: Path | None, say: Callable
             profile.set_shape(name, entry.low, entry.optimal, entry.high)
         if config.add_optimization_profile(profile) < 0:
             raise _failed(plan, "TensorRT refuses the optimization profile", logger)
-    timing_file = None if cache_folder is None else cache_folder / plan.timing_cache_key
-    stored = timing_file.read_bytes() if timing_file is not None and timing_file.exists() else b""
+    timing_file = cache_folder / plan.timing_cache_key
+    stored = timing_file.read_bytes() if timing_file.exists() else b""
     timing = config.create_timing_cache(stored)
     if not config.set_timing_cache(timing, ignore_mismatch=False):
         # Another device or version wrote it, or it was cut off: its times would mislead, an empty one only costs time.
@@ -71,8 +70,7 @@ def _build(trt: ModuleType, plan: Plan, cache_folder: Path | None, say: Callable
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
         raise _failed(plan, "the build failed", logger)
-    if timing_file is not None:
-        _write(timing_file, memoryview(config.get_timing_cache().serialize()))
+    _write(timing_file, memoryview(config.get_timing_cache().serialize()))
     return memoryview(serialized)
 
 

@@ -52,11 +52,33 @@ def missing() -> str:
     return " and ".join(lacks)
 
 
-def require() -> Machine:
-    """The machine, for a build. Raises Fault (FAILED_PRECONDITION) naming all that is missing."""
+def require(precision: ArtifactPrecision | None = None) -> Machine:
+    """The machine, for a build in this precision. Raises Fault (FAILED_PRECONDITION) naming all that is missing."""
+    if precision is not None and precision not in PRECISIONS:
+        raise no_such_precision(precision)
     if lacks := missing():
         raise _refusal(f"this machine lacks {lacks}", missing=lacks)
-    return Machine(find(), str(load().__version__))
+    machine = Machine(find(), str(load().__version__))
+    if precision is not None:
+        require_capability(precision, MINIMUM_CAPABILITY[precision], machine)
+    return machine
+
+
+def require_capability(what: str, capability: tuple[int, int], machine: Machine) -> None:
+    """Raises Fault (FAILED_PRECONDITION) if the device is older than what computes it."""
+    if machine.device.capability < capability:
+        raise failed_precondition(
+            "PRECISION_NOT_SUPPORTED",
+            f"{what} takes a device of compute capability {capability[0]}.{capability[1]} or more, and"
+            f" {machine.device.name} has {machine.device.compute_capability}; compile to float16 instead",
+        )
+
+
+def no_such_precision(precision: ArtifactPrecision) -> Fault:
+    """TensorRT has no such networks."""
+    return failed_precondition(
+        "PRECISION_NOT_SUPPORTED", f"TensorRT has no {precision}; it takes {', '.join(PRECISIONS)}"
+    )
 
 
 def load() -> ModuleType:

@@ -20,6 +20,8 @@ from services.kit.faults import failed_precondition
 from services.runtimes.artifacts.manifest import ArtifactPrecision, Axis, Graph, Port
 from services.runtimes.sessions.triton_ports import IDENTITY_PARAMETER, PORTS_PARAMETER, Ports, triton_dtype
 
+# Within the artifact: Triton takes every folder of its repository for a model.
+REPOSITORY = "repository"
 VERSION = "1"
 CONFIG_FILE = "config.pbtxt"
 WARMUP_FOLDER = "warmup"
@@ -57,7 +59,7 @@ class RepositoryOptions:
 def write_repository(
     graphs: Sequence[BuiltGraph], folder: Path, hardware: str, options: RepositoryOptions
 ) -> tuple[Graph, ...]:
-    """Write a model a graph into a folder. The result's files are relative to the folder.
+    """Write a model a graph into the folder's subfolder REPOSITORY. The result's files are relative to the folder.
 
     hardware: label that Triton will run on. Raises Fault (FAILED_PRECONDITION) for a graph that Triton's backend cannot
     serve; the message names the tensor.
@@ -88,7 +90,8 @@ def batch_axis(graph: Graph, backend: str, precision: ArtifactPrecision) -> Axis
 def _write_model(built: BuiltGraph, folder: Path, hardware: str, options: RepositoryOptions) -> Graph:
     backend = _BACKENDS[built.file.suffix]
     name = model_name(built.graph, options)
-    target = folder / name / VERSION / f"model{built.file.suffix}"
+    model = folder / REPOSITORY / name
+    target = model / VERSION / f"model{built.file.suffix}"
     _place(built.file, target)
     config = _config(built.graph, name, backend, hardware, options)
     config.default_model_filename = target.name
@@ -96,8 +99,8 @@ def _write_model(built: BuiltGraph, folder: Path, hardware: str, options: Reposi
     batch = config.max_batch_size > 0
     for sample, sizes_of_axes in _warmup_sizes(built.graph, batch):
         warmup = config.model_warmup.add(name=sample, batch_size=1 if batch else 0, count=1)
-        _add_inputs(warmup, built, sizes_of_axes, folder / name / WARMUP_FOLDER, batch)
-    (folder / name / CONFIG_FILE).write_text(text_format.MessageToString(config))
+        _add_inputs(warmup, built, sizes_of_axes, model / WARMUP_FOLDER, batch)
+    (model / CONFIG_FILE).write_text(text_format.MessageToString(config))
     return msgspec.structs.replace(built.graph, file=target.relative_to(folder).as_posix())
 
 

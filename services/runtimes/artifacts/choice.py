@@ -45,7 +45,8 @@ def choose(
     artifact: an id that a call asked for, which overrides the settings `runtime` and `precision` ("auto": any). Next
     comes what `inkwell use` chose for the model, if it is of this runtime and meant for this hardware. Else, of this
     very checkpoint's artifacts that this machine can run, the fastest by what was measured; for runtime "auto" one has
-    to be faster than torch on the hardware it was measured on. here: this machine; None has it looked at.
+    to be faster than torch on the hardware it was measured on, and to need no Triton server. here: this machine; None
+    has it looked at.
 
     Raises ChoiceError when there is none of an asked runtime, or what was asked for cannot run here; StoreError.
     """
@@ -71,7 +72,9 @@ def choose(
     refusals = {stored.id: refusal(stored.manifest, here) for stored in wanted}
     able = [stored for stored in wanted if not refusals[stored.id]]
     if runtime == "auto":
-        faster = [stored for stored in able if _trusted_ratio(stored, here) > 1]
+        # Where a Triton server is, and whether it serves this artifact, nobody but who runs it knows.
+        local = [stored for stored in able if stored.manifest.runtime != "triton"]
+        faster = [stored for stored in local if _trusted_ratio(stored, here) > 1]
         return max(faster, key=lambda stored: _trusted_ratio(stored, here), default=None)
     if able:
         return max(able, key=lambda stored: (_trusted_ratio(stored, here), stored.manifest.figure(SPEED_RATIO) or 0))

@@ -25,7 +25,8 @@ OPTIONS = RepositoryOptions("small-", "float32", max_batch_size=64)
 def written(built: BuiltGraph, folder: Path, hardware: str = "cpu", options: RepositoryOptions = OPTIONS) -> Any:
     """The configuration of the one model, as Triton would parse it."""
     (graph,) = triton.write_repository([built], folder, hardware, options)
-    model = folder / graph.file.split("/")[0]
+    assert graph.file.startswith("repository/")
+    model = (folder / graph.file).parent.parent
     return text_format.Parse((model / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
 
 
@@ -77,7 +78,9 @@ def test_warmup_holds_realistic_inputs_of_a_small_and_a_usual_request(source: Pa
     config = written(small_graphs.decoder(source), tmp_path)
     shapes = {warmup.name: list(warmup.inputs["past"].dims) for warmup in config.model_warmup}
     assert shapes == {"small": [1, 1], "usual": [4, 6]}
-    file = tmp_path / "small-decoder" / "warmup" / config.model_warmup[1].inputs["tokens"].input_data_file
+    file = (
+        tmp_path / "repository" / "small-decoder" / "warmup" / config.model_warmup[1].inputs["tokens"].input_data_file
+    )
     assert np.frombuffer(file.read_bytes(), np.int64).tolist() == [0, 0, 0, 0]
 
 
@@ -93,7 +96,7 @@ def test_scalars_become_one_element_for_triton_and_compute_the_same(source: Path
     built = small_graphs.denoiser(source)
     config = written(built, tmp_path)
     assert [list(entry.dims) for entry in config.input] == [[-1, 4], [1]]
-    session = onnxruntime.InferenceSession(str(tmp_path / "small-unet" / "1" / "model.onnx"))
+    session = onnxruntime.InferenceSession(str(tmp_path / "repository" / "small-unet" / "1" / "model.onnx"))
     sample = np.arange(4, dtype=np.float32).reshape(1, 4)
     (noise,) = session.run(None, {"sample": sample, "timestep": np.array([3], np.float32)})
     assert noise.tolist() == (sample * 3).tolist()
@@ -115,7 +118,7 @@ def test_external_weights_come_along_under_their_own_name(source: Path, tmp_path
     )
     example = {"x": torch.zeros(1, 1024)}
     written(BuiltGraph(described, source / "g.onnx", lambda sizes: example), tmp_path)
-    session = onnxruntime.InferenceSession(str(tmp_path / "small-encoder" / "1" / "model.onnx"))
+    session = onnxruntime.InferenceSession(str(tmp_path / "repository" / "small-encoder" / "1" / "model.onnx"))
     assert session.run(None, {"x": np.zeros((1, 1024), np.float32)})[0].sum() == 1024
 
 
@@ -151,7 +154,7 @@ def test_engines_and_openvino_graphs_get_their_own_backend(
     assert config.default_model_filename == f"model.{name[2:]}"
     # OpenVINO's backend takes full batches only.
     assert config.max_batch_size == (8 if backend == "tensorrt" else 0)
-    version = tmp_path / "small-encoder" / "1"
+    version = tmp_path / "repository" / "small-encoder" / "1"
     assert sorted(file.name for file in version.iterdir()) == (
         ["model.bin", "model.xml"] if backend == "openvino" else ["model.plan"]
     )

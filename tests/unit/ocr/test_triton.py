@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
-import msgspec
 import pytest
 
 from services.compiler.export import trocr
@@ -46,7 +45,7 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Trial:
         BuiltGraph(Graph(each.component, "", each.inputs, each.outputs, each.axes, 0), each.file, each.example)
         for each in made.graphs
     ]
-    graphs = triton.write_repository(built, staging / "repository", "cpu", RepositoryOptions("tiny-", "float32"))
+    graphs = triton.write_repository(built, staging, "cpu", RepositoryOptions("tiny-", "float32"))
     for file in made.helper_files:
         (staging / "model" / file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(checkpoint / file, staging / "model" / file)
@@ -57,7 +56,7 @@ def trial(tmp_path_factory: pytest.TempPathFactory) -> Trial:
         recipe="triton",
         target="triton",
         precision="float32",
-        graphs=tuple(msgspec.structs.replace(graph, file=f"repository/{graph.file}") for graph in graphs),
+        graphs=graphs,
         model_folder="model",
         built_on=BuiltOn("cpu", "some CPU", (), {}),
         requires=Requires(),

@@ -117,6 +117,8 @@ ALL = [
         ([SLOW, UNMEASURED, OTHER, TENSORRT, NEWER_ONNX], {}, CPU, None),
         ([SLOW, UNMEASURED], {"runtime": "openvino"}, CPU, SLOW),
         ([UNMEASURED], {"runtime": "openvino"}, CPU, UNMEASURED),
+        # Where a Triton server is has to be told.
+        ([cpu(90, 9.0, target="triton")], {}, CPU, None),
         ([ONNX], {}, L4, None),
         ([ONNX], {"runtime": "onnxruntime"}, L4, ONNX),
         # What was asked for.

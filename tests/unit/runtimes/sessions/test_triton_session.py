@@ -26,11 +26,11 @@ OPTIONS = SessionOptions(Hardware("cpu", "cpu", "CPU", 0, 1))
 @pytest.fixture(scope="module")
 def graphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The files of a repository, by component."""
-    source, repository = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("repository")
+    source, artifact = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("artifact")
     built = [small_graphs.encoder(source), small_graphs.decoder(source), small_graphs.denoiser(source)]
     built += [small_graphs.identity(source, dtype) for dtype in ("float16", "int64", "bool")]
-    written = triton.write_repository(built, repository, "cpu", RepositoryOptions("small-", "float32"))
-    return {graph.component: repository / graph.file for graph in written}
+    written = triton.write_repository(built, artifact, "cpu", RepositoryOptions("small-", "float32"))
+    return {graph.component: artifact / graph.file for graph in written}
 
 
 @pytest.fixture
@@ -100,19 +100,19 @@ def test_bfloat16_keeps_its_bits(tmp_path: Path) -> None:
     """Triton's onnxruntime backend has no bfloat16, its TensorRT backend has: the protocol is the same."""
     source = tmp_path / "bf16"
     source.mkdir()
-    repository = tmp_path / "bf16-repository"
+    artifact = tmp_path / "bf16-artifact"
     built = small_graphs.identity(source, "float16")
-    (graph,) = triton.write_repository([built], repository, "cpu", RepositoryOptions("", "float32"))
+    (graph,) = triton.write_repository([built], artifact, "cpu", RepositoryOptions("", "float32"))
+    (artifact / graph.file).unlink()
     half = small_graphs.identity(source, "bfloat16")
-    (repository / graph.file).unlink()
-    half.file.rename(repository / graph.file)
-    config = repository / graph.component / "config.pbtxt"
+    half.file.rename(artifact / graph.file)
+    config = (artifact / graph.file).parent.parent / "config.pbtxt"
     text = config.read_text().replace("FP16", "BF16").replace('\\"float16\\"', '\\"bfloat16\\"')
     config.write_text(text[: text.index("model_warmup")] + 'backend: "onnxruntime"\n')
-    with TritonServer(repository) as serving:
+    with TritonServer(artifact / "repository") as serving:
         for shared in (False, True):
             options = replace(OPTIONS, triton_address=serving.address, triton_shared_memory=shared)
-            session = TritonSession(repository / graph.file, options)
+            session = TritonSession(artifact / graph.file, options)
             sent = torch.tensor([1.0, -2.5, 3e38]).bfloat16()
             back = session.run({"in": sent})["out"]
             assert back.dtype == torch.bfloat16
@@ -254,14 +254,14 @@ def test_shared_memory_leaves_nothing_behind(graphs: dict[str, Path], server: Tr
 
 def test_a_repository_of_others_gets_ports_from_the_servers_metadata(tmp_path: Path) -> None:
     built = small_graphs.encoder(tmp_path)
-    (graph,) = triton.write_repository([built], tmp_path / "repository", "cpu", RepositoryOptions("", "float32"))
+    (graph,) = triton.write_repository([built], tmp_path, "cpu", RepositoryOptions("", "float32"))
     config = tmp_path / "repository" / "encoder" / "config.pbtxt"
     text = config.read_text()
     start, end = text.index("parameters {"), text.index("model_warmup")
     config.write_text(text[:start] + text[end:])
     with TritonServer(tmp_path / "repository") as serving:
         options = replace(OPTIONS, triton_address=serving.address)
-        session = TritonSession(tmp_path / "repository" / graph.file, options)
+        session = TritonSession(tmp_path / graph.file, options)
         assert session.inputs[0].shape == ("pixels.0", 4, "pixels.2")
         assert session.run({"pixels": torch.ones(1, 4, 2), "weight": torch.ones(1, 1, 1)})["states"].sum() == 8
         session.close()
