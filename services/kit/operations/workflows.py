@@ -20,7 +20,7 @@ from dbos import DBOS, DBOSClient, SetEnqueueOptions, SetWorkflowID, WorkflowSer
 _VERSION = "1"
 _WORKFLOW = "operation"
 # How often the queue is looked at: what an operation waits at most when nothing else does.
-_POLL_S = 0.1
+_POLL_S = 0.25
 
 
 class _LeftError(BaseException):
