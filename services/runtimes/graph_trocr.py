@@ -20,15 +20,18 @@ class GraphTrocr:
 
     reads_whole_past = True
 
-    def __init__(self, encoder: Session, decoder: Session, manifest: Manifest) -> None:
-        """Takes the sessions over. Raises CheckpointError for graphs of another contract."""
+    def __init__(self, encoder: Session, decoder: Session, manifest: Manifest, device: str = "cpu") -> None:
+        """Takes the sessions over. device: where keys and values are kept, as torch calls it.
+
+        Raises CheckpointError for graphs of another contract.
+        """
         try:
             details = msgspec.convert(manifest.details, names.Details)
         except msgspec.ValidationError as error:
             raise CheckpointError(f"the artifact's details are not those of a TrOCR-style model: {error}") from error
         self._encoder, self._decoder = encoder, decoder
         self.runtime: str = decoder.runtime
-        self.device = torch.device("cpu")
+        self.device = torch.device(device)
         self.layer_count, self.head_count, self.head_size = details.layer_count, details.head_count, details.head_size
         self.position_limit, self.channels = details.position_limit, details.channels
         self.parameter_count, self.has_class_token = details.parameter_count, details.has_class_token
@@ -84,7 +87,7 @@ class GraphTrocr:
         feeds.update(zip(self._cross, step.cross[:, :, :images].flatten(0, 1).unbind(), strict=True))
         answer = self._decoder.run(feeds)
         for cache, name in zip(step.past.flatten(0, 1).unbind(), self._new, strict=True):
-            cache[step.row_numbers, :, step.positions] = answer[name][:, :, 0].to(cache.dtype)
+            cache[step.row_numbers, :, step.positions] = answer[name][:, :, 0].to(cache.device, cache.dtype)
         return answer[names.LOGITS].float()
 
     def close(self) -> None:
@@ -116,7 +119,9 @@ def open_graphs(folder: Path, manifest: Manifest, options: SessionOptions) -> Gr
     try:
         for graph in (encoder, decoder):
             opened.append(open_session(folder / graph.file, manifest.runtime, options))
-        return GraphTrocr(opened[0], opened[1], manifest)
+        # These take tensors where they lie, and answer there; the others work from the processor's memory.
+        on_device = options.hardware.label == "cuda" and manifest.runtime in ("onnxruntime", "tensorrt")
+        return GraphTrocr(opened[0], opened[1], manifest, options.hardware.device if on_device else "cpu")
     except BaseException:
         for session in opened:
             session.close()
