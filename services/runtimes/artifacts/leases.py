@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import msgspec
 
 from services.runtimes.artifacts.errors import StoreError
-from services.runtimes.artifacts.place import LEASES, Place
+from services.runtimes.artifacts.place import LEASES, Note, Place
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +30,14 @@ class Lease(msgspec.Struct, frozen=True):
     publishing: bool = False  # the artifact is only coming into being
 
 
+def _read(name: str, note: Note) -> Lease:
+    try:
+        return msgspec.json.decode(note.content, type=Lease)
+    except msgspec.DecodeError:
+        # Damaged, or of a newer version: what it is for stands in its name, and it keeps that like any other.
+        return Lease(name.partition("-")[0], "somebody unknown", note.changed_at)
+
+
 class Leases:
     """The leases of a place, and the renewing of this process's own."""
 
@@ -43,11 +51,7 @@ class Leases:
     def live(self) -> list[Lease]:
         """The leases that count."""
         oldest = self._place.now() - self._seconds
-        return [
-            msgspec.json.decode(note.content, type=Lease)
-            for note in self._place.notes(LEASES).values()
-            if note.changed_at >= oldest
-        ]
+        return [_read(name, note) for name, note in self._place.notes(LEASES).items() if note.changed_at >= oldest]
 
     def write(self, artifact_id: str, holder: str, *, publishing: bool = False) -> str:
         """A new lease, renewed by a thread until `end`; answers with its name. Call it with the place locked."""

@@ -13,6 +13,7 @@ import re
 import shutil
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -48,6 +49,8 @@ PAGE_SIZE_MOST = 200
 TORCH = "torch"
 # How long a lease counts after its last renewal: an artifact of a holder that was killed can be deleted after it.
 LEASE_S = 180.0
+# In S3 each is a request.
+_MANIFESTS_AT_A_TIME = 16
 
 
 @dataclass(frozen=True)
@@ -149,15 +152,11 @@ class Store:
             )
             if value
         }
+        ids = self._place.ids()
+        with ThreadPoolExecutor(_MANIFESTS_AT_A_TIME) as pool:
+            loaded = list(pool.map(self._readable, ids, ids.values()))
         found = []
-        for one, published_at in self._place.ids().items():
-            try:
-                stored = self._load(one, published_at)
-            except StoreError as error:
-                if error.reason is not Reason.DAMAGED:
-                    raise
-                log.warning("left out: %s", error)
-                continue
+        for stored in loaded:
             if stored and all(getattr(stored.manifest, name) == value for name, value in wanted.items()):
                 found.append(stored)
         return sorted(found, key=_order)
@@ -368,7 +367,15 @@ class Store:
     def used(self, model: str) -> str | None:
         """The id that `use` was last given for the model, or TORCH."""
         note = self._place.note(USED, _note_name(model))
-        return msgspec.json.decode(note, type=_Choice).artifact_id if note else None
+        if note is None:
+            return None
+        try:
+            return msgspec.json.decode(note, type=_Choice).artifact_id
+        except msgspec.DecodeError as error:
+            raise StoreError(
+                Reason.DAMAGED,
+                f"model {model}: what `inkwell use` chose cannot be read from {self.location} ({error}); choose again",
+            ) from error
 
     def unuse(self, model: str) -> bool:
         """Forgets what `use` chose; whether there was something."""
@@ -381,7 +388,11 @@ class Store:
         """Who keeps each artifact from being deleted, in words; artifacts that nobody does are not in it."""
         found: dict[str, list[str]] = {}
         for note in self._place.notes(USED).values():
-            choice = msgspec.json.decode(note.content, type=_Choice)
+            try:
+                choice = msgspec.json.decode(note.content, type=_Choice)
+            except msgspec.DecodeError as error:  # `used` says so to whom it concerns
+                log.warning("a choice in %s cannot be read: %s", self.location, error)
+                continue
             if choice.artifact_id != TORCH:
                 found.setdefault(choice.artifact_id, []).append(f"chosen for model {choice.model}")
         for lease in self._leases.live():
@@ -448,6 +459,15 @@ class Store:
             self._leases.remove_stale()
             freed += self._place.sweep({lease.artifact_id for lease in self._leases.live()})
         return Collected(tuple(deleted), freed)
+
+    def _readable(self, one: str, published_at: float) -> Stored | None:
+        try:
+            return self._load(one, published_at)
+        except StoreError as error:
+            if error.reason is not Reason.DAMAGED:
+                raise
+            log.warning("left out: %s", error)
+            return None
 
     def _load(self, one: str, published_at: float) -> Stored | None:
         if one not in self._known:

@@ -313,6 +313,21 @@ def test_collect_keeps_the_newest_of_each_kind_and_the_young(store: Store) -> No
             store.collect(**options)
 
 
+def test_notes_that_cannot_be_read_harm_nobody_else(store: Store, raw: Raw) -> None:
+    stored, other = publish(store, 1), publish(store, 2)
+    store.use("handwriting-tiny", stored.id)
+    raw.write("used/handwriting-tiny.json", b"")
+    raw.write(f"leases/{other.id}-0.json", b"")
+    with pytest.raises(StoreError, match="model handwriting-tiny: .*choose again") as raised:
+        store.used("handwriting-tiny")
+    assert raised.value.reason is Reason.DAMAGED
+    assert store.used("other") is None
+    assert store.users() == {other.id: ["somebody unknown"]}
+    assert store.collect(keep_newest=0).deleted == (stored,)
+    store.use("handwriting-tiny", other.id)
+    assert store.used("handwriting-tiny") == other.id
+
+
 def test_collect_takes_nothing_that_is_younger_than_a_publish_under_way(
     store: Store, raw: Raw, monkeypatch: pytest.MonkeyPatch
 ) -> None:
