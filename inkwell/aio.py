@@ -8,6 +8,7 @@ from google.longrunning import operations_pb2
 
 from inkwell import types
 from inkwell.aio_calls import last
+from inkwell.aio_compiling import AsyncCompiling
 from inkwell.aio_operation import AsyncOperation
 from inkwell.aio_reader import AsyncReader
 from inkwell.converters import inventory, paint
@@ -20,7 +21,7 @@ from inkwell.longrunning import list_request
 from inkwell.ocr.v1 import ocr_pb2
 
 
-class AsyncClient(AsyncReader):
+class AsyncClient(AsyncReader, AsyncCompiling):
     """Reads and paints through one server, on one event loop.
 
     Arguments, results and errors are those of `inkwell.Client`. Cancelling the task that awaits a call, or closing

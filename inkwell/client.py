@@ -7,6 +7,7 @@ from google.longrunning import operations_pb2
 
 from inkwell import types
 from inkwell.calls import last
+from inkwell.compiling import Compiling
 from inkwell.converters import inventory, paint
 from inkwell.converters.asking import attach, generate_request
 from inkwell.converters.inventory import Service
@@ -18,7 +19,7 @@ from inkwell.operation import Operation
 from inkwell.reader import Reader
 
 
-class Client(Reader):
+class Client(Reader, Compiling):
     """Reads and paints through one server: a gateway, or a service itself.
 
     Threads may share a client. Close it, or use it in a `with` statement. Every call raises a subclass of

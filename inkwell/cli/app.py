@@ -6,7 +6,7 @@ import typer
 
 from inkwell.aio import AsyncClient
 from inkwell.channel import DEFAULT_TIMEOUT_S
-from inkwell.cli import inventory
+from inkwell.cli import artifacts, inventory
 from inkwell.cli import paint as painter
 from inkwell.cli.options import (
     DEFAULT_ADDRESS,
@@ -227,3 +227,6 @@ app.add_typer(inventory.models, name="models")
 app.command(epilog=EXIT_CODES)(inventory.schedulers)
 app.command(epilog=EXIT_CODES)(inventory.adapters)
 app.command(epilog=EXIT_CODES)(inventory.controls)
+app.command(epilog=EXIT_CODES)(artifacts.compile)
+app.add_typer(artifacts.artifacts, name="artifacts")
+app.command(epilog=EXIT_CODES)(artifacts.use)

@@ -3,6 +3,19 @@
 Names, units and ranges are those of the protos; a field called `x_ms` is in milliseconds, `x_count` counts.
 """
 
+from inkwell.types.artifacts import (
+    Artifact,
+    ArtifactFile,
+    Check,
+    CompilableModel,
+    CompileMetadata,
+    CompileOptions,
+    DownloadProgress,
+    Figure,
+    Target,
+    Targets,
+    TargetSupport,
+)
 from inkwell.types.asking import (
     Control,
     FreeU,
@@ -87,6 +100,12 @@ from inkwell.types.reading import (
 __all__ = [
     "Adapter",
     "AdapterKind",
+    "Artifact",
+    "ArtifactFile",
+    "Check",
+    "CompilableModel",
+    "CompileMetadata",
+    "CompileOptions",
     "Control",
     "ControlKind",
     "ControlModel",
@@ -100,6 +119,7 @@ __all__ = [
     "DocumentPage",
     "DocumentProgress",
     "DocumentResult",
+    "DownloadProgress",
     "EarlyStopping",
     "Embeddings",
     "Endpoint",
@@ -107,6 +127,7 @@ __all__ = [
     "Export",
     "ExportFormat",
     "ExportReady",
+    "Figure",
     "FreeU",
     "GenerationParameters",
     "Hires",
@@ -158,6 +179,9 @@ __all__ = [
     "ServedBy",
     "SigmaSchedule",
     "Started",
+    "Target",
+    "TargetSupport",
+    "Targets",
     "TimestepSpacing",
     "Timing",
     "Token",

@@ -8,6 +8,7 @@ import pytest
 
 import inkwell
 from inkwell.common.v1 import common_pb2
+from inkwell.compiler.v1 import compiler_pb2
 from inkwell.converters import document, embed
 from inkwell.converters.document import DocumentOptions
 from inkwell.converters.read import ReadOptions
@@ -51,6 +52,14 @@ SAME: list[tuple[Any, type]] = [
     (diffusion_pb2.ControlModel, inkwell.ControlModel),
     (diffusion_pb2.Preprocessor, inkwell.Preprocessor),
     (diffusion_pb2.ListControlsResponse, inkwell.Controls),
+    (compiler_pb2.Artifact, inkwell.Artifact),
+    (compiler_pb2.ArtifactFile, inkwell.ArtifactFile),
+    (compiler_pb2.Check, inkwell.Check),
+    (compiler_pb2.Figure, inkwell.Figure),
+    (compiler_pb2.CompileMetadata, inkwell.CompileMetadata),
+    (compiler_pb2.ListTargetsResponse, inkwell.Targets),
+    (compiler_pb2.CompilableModel, inkwell.CompilableModel),
+    (compiler_pb2.TargetSupport, inkwell.TargetSupport),
 ]
 
 # Message → dataclass with the same fields and these more.
@@ -133,6 +142,11 @@ def test_every_request_field_can_be_given() -> None:
     load = set(inspect.signature(inkwell.Client.load_model_stream).parameters)
     assert load == fields_of(ocr_pb2.LoadModelRequest) | {"self", "service", "timeout_s"}
     assert load >= fields_of(diffusion_pb2.LoadModelRequest)
+    compiling = fields_of(compiler_pb2.CompileRequest) - {"model", "target", "budget"}
+    assert inkwell.CompileOptions.__optional_keys__ == compiling | fields_of(compiler_pb2.QualityBudget)
+    listing = set(inspect.signature(inkwell.Client.artifacts).parameters)
+    paging = {"page_size", "page_token"}
+    assert listing == fields_of(compiler_pb2.ListArtifactsRequest) - paging | {"self", "timeout_s"}
     renamed = {"step_count": "steps"}
     plain = {renamed.get(name, name) for name in fields_of(diffusion_pb2.GenerateRequest)}
     previews = {"previews", "preview_interval", "preview_method", "preview_max_side_px"}
@@ -144,7 +158,7 @@ def test_every_request_field_can_be_given() -> None:
 def test_every_call_has_a_method() -> None:
     calls = {
         f"{service.name}.{method.name}"
-        for module in (ocr_pb2, diffusion_pb2, gateway_pb2, operations_pb2)
+        for module in (ocr_pb2, diffusion_pb2, gateway_pb2, operations_pb2, compiler_pb2)
         for service in module.DESCRIPTOR.services_by_name.values()
         for method in service.methods
     }
@@ -165,6 +179,13 @@ def test_every_call_has_a_method() -> None:
         "DiffusionService.ListAdapters",  # adapters
         "DiffusionService.ListControls",  # controls
         "GatewayService.ListPools",  # fleet
+        "CompilerService.Compile",  # compile
+        "CompilerService.ListTargets",  # targets
+        "CompilerService.ListArtifacts",  # artifacts
+        "CompilerService.GetArtifact",  # artifact
+        "CompilerService.DownloadArtifact",  # download_artifact
+        "CompilerService.UseArtifact",  # use_artifact
+        "CompilerService.DeleteArtifact",  # delete_artifact
         "OperationsWatchService.Watch",  # operation(…).events
     }
 
@@ -176,6 +197,8 @@ def test_every_call_has_a_method() -> None:
         (gateway_pb2.EndpointState, inkwell.EndpointState, "ENDPOINT_STATE_"),
         (ocr_pb2.LoadStage, inkwell.LoadStage, "LOAD_STAGE_"),
         (ocr_pb2.Precision, inkwell.Precision, "PRECISION_"),
+        (compiler_pb2.Precision, inkwell.Precision, "PRECISION_"),
+        (compiler_pb2.Target, inkwell.Target, "TARGET_"),
         (ocr_pb2.EarlyStopping, inkwell.EarlyStopping, "EARLY_STOPPING_"),
         (ocr_pb2.ExportFormat, inkwell.ExportFormat, "EXPORT_FORMAT_"),
         (diffusion_pb2.LoadStage, inkwell.LoadStage, "LOAD_STAGE_"),
