@@ -157,7 +157,7 @@ def _model_row(service: Service, model: types.Model) -> tuple[str, ...]:
 
 def precision_of(model: types.Model) -> str:
     """What its weights are computed with, empty where that is not known."""
-    return str(model.precision or "") if isinstance(model, types.OcrModel) else model.dtype
+    return str(model.precision or "") if isinstance(model, types.OcrModel) else model.precision or model.dtype
 
 
 def bytes_of(model: types.Model) -> int:

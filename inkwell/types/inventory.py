@@ -97,6 +97,10 @@ class DiffusionModel:
     """Which of the options of `Client.paint` it takes, such as "inpaint" or "loras"."""
     schedulers: tuple[str, ...] = ()
     """Names of the schedulers that fit it."""
+    precision: str = ""
+    """What it is computed with, such as "float32" or "int8_weight_only"; empty while it is not loaded."""
+    artifact: str = ""
+    """Id of the artifact that it runs from; empty where torch runs the model itself."""
 
 
 Model: TypeAlias = OcrModel | DiffusionModel

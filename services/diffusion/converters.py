@@ -203,7 +203,9 @@ def to_queued(position: int) -> pb.GenerateResponse:
 
 
 def to_started(info: EngineInfo, model: str) -> pb.GenerateResponse:
-    started = common_pb2.Started(hardware=info.hardware, runtime=info.runtime, model=model)
+    loaded = info.model(model)
+    runtime = loaded.runtime if loaded is not None else info.runtime
+    started = common_pb2.Started(hardware=info.hardware, runtime=runtime, model=model)
     return pb.GenerateResponse(started=started)
 
 

@@ -216,10 +216,16 @@ class PaintJob(msgspec.Struct, frozen=True, tag=True):
         return tuple(dict.fromkeys((self.parameters.model, *refiners)))
 
 
+# What computes a model; all but torch run artifacts of the compiler.
+Runtime = Literal["torch", "onnxruntime", "openvino", "tensorrt", "triton"]
+
+
 class LoadJob(msgspec.Struct, frozen=True, tag=True):
-    """Load a known model; nothing to do when it is loaded. Updates are `Loading`, the result is its ModelInfo."""
+    """Load a known model; nothing to do when it is loaded so. Updates are `Loading`, the result is its ModelInfo."""
 
     model: str
+    runtime: Runtime | None = None  # None: the setting's
+    artifact: str = ""  # the id to run from, or its first digits; "": what fits
 
 
 class UnloadJob(msgspec.Struct, frozen=True, tag=True):
@@ -454,6 +460,10 @@ class ModelInfo(msgspec.Struct, frozen=True):
     vaes: tuple[str, ...] = ()  # other VAEs by name
     file_bytes: int = 0  # of the weights on disk
     memory_bytes: int = 0  # of the weights in memory
+    runtime: str = "torch"  # what computes it: one of Runtime, torch with its version
+    precision: str = "float32"  # an ArtifactPrecision: what weights are computed with
+    artifact: str = ""  # id of the artifact that it runs from; "" for the checkpoint itself
+    largest_side_px: int = 0  # that its graphs were built for; 0 for any
 
 
 class EngineInfo(msgspec.Struct, frozen=True):

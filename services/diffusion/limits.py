@@ -39,8 +39,9 @@ def resolve(asked: Asked, model: ModelInfo, settings: Settings, refiner: ModelIn
 
     model, refiner: as they are loaded. Large pictures take a while: call it on a thread. Raises Fault: NOT_FOUND for an
     unknown scheduler, style, wildcard, adapter or control; TOO_LARGE for a picture; FAILED_PRECONDITION for an adapter
-    that cannot be used; INVALID_ARGUMENT listing every other wrong field.
+    that cannot be used and for what compiled models do not have; INVALID_ARGUMENT listing every other wrong field.
     """
+    limits_modes.refuse_compiled(asked, model)
     steps = sampling.steps_by_hand(asked.sampling) or _or(asked.step_count, model.default_step_count)
     guidance_scale = _or(asked.guidance_scale, model.default_guidance_scale)
     violations = [
@@ -287,7 +288,7 @@ def _prompts(asked: Asked, settings: Settings) -> Iterator[FieldViolation]:
 
 def _size(asked: Asked, model: ModelInfo, settings: Settings) -> Iterator[FieldViolation]:
     multiple = model.size_multiple
-    most = settings.max_side_px // multiple * multiple
+    most = min(settings.max_side_px, model.largest_side_px or settings.max_side_px) // multiple * multiple
     sound = True
     for field, side in (("width", asked.width), ("height", asked.height)):
         if side is None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from services.diffusion import adapters_catalog, preprocessor_table
 from services.diffusion.adapters_catalog import Known
 from services.diffusion.domain import Asked, Control, ImagePrompt, Lora, ModelInfo
-from services.diffusion.limits_modes import out_of_range
+from services.diffusion.limits_modes import needs_torch, out_of_range
 from services.diffusion.settings import Settings
 from services.kit import faults
 from services.kit.faults import FieldViolation
@@ -64,6 +64,9 @@ def controls(asked: Asked, model: ModelInfo, settings: Settings, digests: Sequen
                 end=1.0 if control.end is None else control.end,
             )
         )
+    for index, control in enumerate(found):
+        if model.artifact and known[control.model].kind == "t2i_adapter":
+            raise needs_torch(f"controls[{index}].model", model, "a T2I-Adapter")
     if len({known[control.model].kind for control in found}) > 1:
         raise faults.invalid_field("controls", "ControlNets and T2I-Adapters do not go into one call; take one kind")
     return tuple(found)
@@ -95,6 +98,8 @@ def loras(asked: Asked, from_prompt: Sequence[Lora], model: ModelInfo, settings:
         for index, lora in enumerate(asked.loras)
     ]
     given += [("prompt", lora.name, lora.weight) for lora in from_prompt]
+    if given and model.artifact:
+        raise needs_torch(given[0][0], model, "a LoRA")
     weights: dict[str, float] = {}
     for field, name, weight in given:
         found = _name(name, known, model, "lora", field, may_be_empty=False)

@@ -19,7 +19,7 @@ from services.diffusion.domain import (
     Refiner,
 )
 from services.diffusion.settings import Settings
-from services.kit.faults import FieldViolation
+from services.kit.faults import Fault, FaultData, FieldViolation, Kind
 
 BLUR_MOST_PX = 64
 CROP_PADDING_MOST_PX = 512
@@ -46,6 +46,40 @@ def out_of_range(
 
 def _shown(value: float) -> str:
     return str(value) if isinstance(value, int) else f"{value:g}"
+
+
+def refuse_compiled(asked: Asked, model: ModelInfo) -> None:
+    """Raises Fault (FAILED_PRECONDITION) for what changes layers of torch, of a model that runs as compiled graphs."""
+    own_vae = asked.vae is not None and not asked.vae.name
+    wanted = {
+        "loras": bool(asked.loras),
+        "image_prompts": bool(asked.image_prompts),
+        "perturbed_attention": asked.perturbed_attention is not None,
+        "freeu": asked.freeu is not None,
+        "controls": bool(asked.controls) and "controls" not in model.features,
+        "vae.tiled": own_vae and asked.vae is not None and asked.vae.tiled,
+        "vae.upcast": own_vae and asked.vae is not None and asked.vae.upcast,
+    }
+    for field, is_wanted in wanted.items():
+        if is_wanted and model.artifact:
+            raise needs_torch(field, model)
+
+
+def needs_torch(field: str, model: ModelInfo, what: str = "it") -> Fault:
+    """The refusal of something that compiled models do not have."""
+    description = (
+        f"{what} changes layers of torch, and {model.name} runs as compiled graphs on {model.runtime}; leave it out, or"
+        " load the model with runtime torch"
+    )
+    return Fault(
+        FaultData(
+            Kind.FAILED_PRECONDITION,
+            "NEEDS_TORCH",
+            f"{field}: {description}",
+            fields=(FieldViolation(field, description),),
+            metadata={"field": field, "model": model.name, "runtime": model.runtime},
+        )
+    )
 
 
 def features(asked: Asked, model: ModelInfo) -> Iterator[FieldViolation]:
@@ -135,7 +169,7 @@ def hires(
         violations.append(
             FieldViolation("hires.scale", "it says the size that hires.width and height say too; set one of the two")
         )
-    multiple = model.size_multiple
+    multiple, most = model.size_multiple, model.largest_side_px
     if wanted.width is not None and wanted.height is not None:
         width, height = wanted.width, wanted.height
         for field, side in (("hires.width", width), ("hires.height", height)):
@@ -144,6 +178,9 @@ def hires(
     else:
         scale = wanted.scale if wanted.scale is not None and math.isfinite(wanted.scale) else 2.0
         width, height = (round(side * scale / multiple) * multiple for side in size)
+    if most and max(width, height) > most:
+        why = f"{model.name} was compiled for {model.runtime} with sides of up to {most} pixels"
+        violations.append(FieldViolation("hires", f"{width}x{height} is too large: {why}"))
     if not violations:
         if width < size[0] or height < size[1] or (width, height) == size:
             violations.append(

@@ -1,11 +1,14 @@
 """Protobuf to domain and back for models."""
 
+import re
 from collections.abc import Sequence
+from typing import get_args
 
 from inkwell.common.v1 import common_pb2
 from inkwell.diffusion.v1 import diffusion_pb2 as pb
-from services.diffusion.domain import Loading, ModelState
+from services.diffusion.domain import Loading, LoadJob, ModelState, Runtime
 from services.diffusion.models import ListedModel
+from services.kit import faults
 
 _STATES: dict[ModelState, common_pb2.ModelState.ValueType] = {
     "loading": common_pb2.MODEL_STATE_LOADING,
@@ -17,6 +20,8 @@ _STAGES = {
     "reading_weights": pb.LOAD_STAGE_READING_WEIGHTS,
     "warming": pb.LOAD_STAGE_WARMING,
 }
+
+_ARTIFACT = re.compile(r"[0-9a-f]{8,64}")
 
 
 def models(listed: Sequence[ListedModel]) -> pb.ListModelsResponse:
@@ -55,7 +60,21 @@ def model(listed: ListedModel) -> pb.Model:
     if listed.state == "ready":
         message.hardware, message.runtime, message.dtype = listed.hardware, listed.runtime, info.dtype
         message.memory_bytes = info.memory_bytes
+        message.precision, message.artifact = info.precision, info.artifact
     return message
+
+
+def load_job(request: pb.LoadModelRequest, name: str) -> LoadJob:
+    """How the model of that name is to be run; raises Fault for what is no runtime or id."""
+    if request.runtime and request.runtime not in get_args(Runtime):
+        raise faults.invalid_field("runtime", f"{request.runtime[:40]!r} is none of: {', '.join(get_args(Runtime))}")
+    if request.artifact and not _ARTIFACT.fullmatch(request.artifact):
+        raise faults.invalid_field(
+            "artifact", f"{request.artifact[:80]!r} is no artifact id: 64 hexadecimal digits, or at least the first 8"
+        )
+    if request.artifact and request.runtime == "torch":
+        raise faults.invalid_field("artifact", "torch runs the checkpoint itself; leave out artifact or runtime")
+    return LoadJob(name, request.runtime or None, request.artifact)  # type: ignore[arg-type]  # one of the literals
 
 
 def load_progress(stage: Loading) -> pb.LoadModelResponse:

@@ -64,17 +64,17 @@ class Models:
             raise faults.not_found("model", name, known, field=field)
         return name
 
-    async def load(self, name: str) -> AsyncGenerator[Loading | ModelInfo]:
+    async def load(self, job: LoadJob) -> AsyncGenerator[Loading | ModelInfo]:
         """Load a known model; yields where it stands and the loaded model last."""
-        async with self._host.control() as job:
-            job.start(LoadJob(name))
-            async for event in job:
+        async with self._host.control() as control:
+            control.start(job)
+            async for event in control:
                 match event:
                     case Update(payload=payload):
                         yield msgspec.msgpack.decode(payload, type=Loading)
                     case Finished(payload=payload):
                         info = msgspec.msgpack.decode(payload, type=ModelInfo)
-                        self._remembered[name] = info
+                        self._remembered[job.model] = info
                         yield info
 
     async def unload(self, name: str) -> ListedModel:
@@ -92,7 +92,7 @@ class Models:
         engine = self.engine_info()
         is_default = info.name == self._settings.model_of_empty_name
         return ListedModel(
-            info.name, "ready", is_default, info.file_bytes, info.vaes, info, engine.hardware, engine.runtime
+            info.name, "ready", is_default, info.file_bytes, info.vaes, info, engine.hardware, info.runtime
         )
 
     async def listed(self) -> list[ListedModel]:
@@ -115,13 +115,14 @@ class Models:
             is_default = name == self._settings.model_of_empty_name
             vaes = tuple(row.vaes) if row is not None else ()
             file_bytes = last.file_bytes if last is not None else sizes.get(name, 0)
-            return ListedModel(name, state, is_default, file_bytes, vaes, last, info.hardware, info.runtime)
+            runtime = loaded[name].runtime if name in loaded else ""
+            return ListedModel(name, state, is_default, file_bytes, vaes, last, info.hardware, runtime)
 
         names = [*known, *(name for name in loaded if name not in known)]
         return sorted(map(listed, names), key=lambda model: not model.is_default)
 
     async def _load(self, name: str) -> ModelInfo:
-        async for progress in self.load(name):
+        async for progress in self.load(LoadJob(name)):
             if isinstance(progress, ModelInfo):
                 return progress
         raise faults.internal("the engine ended a load without a result")

@@ -91,9 +91,10 @@ class DiffusionServicer(diffusion_pb2_grpc.DiffusionServiceServicer):
         self, request: pb.LoadModelRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.LoadModelResponse]:
         name = await self._models.known(request.name, field="name")
+        job = model_converters.load_job(request, name)
         label_call(model=name, hardware="")
         sequence = 0
-        async with contextlib.aclosing(self._models.load(name)) as course:
+        async with contextlib.aclosing(self._models.load(job)) as course:
             async for event in course:
                 if not sequence:
                     # Only now: a refusal that comes without headers may be retried by the client's own policy.

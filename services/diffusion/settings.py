@@ -6,6 +6,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
+from services.diffusion.domain import Runtime
 from services.kit.settings import MIB, ServiceSettings
 
 # The rest is for activations and everything else on the machine.
@@ -138,8 +139,26 @@ class Settings(ServiceSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="data type of the weights; auto: float32 on CPU, else what the hardware does best"
     )
+    runtime: Literal["auto"] | Runtime = Field(
+        "auto",
+        description="what computes the models: torch, or onnxruntime, openvino, tensorrt or triton from an artifact"
+        " that the compiler made of the model; auto takes the artifact that `inkwell use` chose, else the fastest that was"
+        " measured to be faster than torch on such hardware, else torch",
+    )
+    artifact_store: str = Field(
+        "",
+        description="where the compiler keeps artifacts: a folder, or s3://bucket/prefix; empty for"
+        " ~/.local/share/inkwell/artifacts",
+    )
+    triton_address: str = Field("", description="host:port of the Triton server, for the runtime triton")
     threads: int = Field(
         0, ge=0, description="CPU threads of one model evaluation; 0 leaves it to torch. Bytes repeat per thread count"
+    )
+    torch_compile: Literal["off", "on"] = Field(
+        "off",
+        description="on: what torch runs is tuned for speed over repeatable last bits: the denoiser by torch.compile,"
+        " which takes about a minute at the first picture of each size and needs a C++ compiler on the machine, CUDA"
+        " graphs, kernels chosen by trial and TF32 on GPUs. Artifacts are left as they are",
     )
     max_concurrent_calls: int = Field(4, ge=1, description="calls painted at the same time, step by step in turn")
 

@@ -41,6 +41,8 @@ transformers it would not: Flux has 57 residuals of a whole hidden state, gigaby
 go without ControlNets.
 """
 
+from collections.abc import Mapping
+
 import msgspec
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -87,6 +89,26 @@ class Details(msgspec.Struct, frozen=True):
 
     parameter_count: int  # of the exported networks
     pixels_a_latent: int  # along one side; 0 for a ControlNet
+
+
+def halved(axis: str, times: int) -> str:
+    """The axis of half a picture's height or width, rounded up, so many times: "height_2"."""
+    return f"{axis}_{times}"
+
+
+def halved_size(size: int, times: int) -> int:
+    """Half of it, rounded up, so many times."""
+    return ((size - 1) >> times) + 1
+
+
+def size_of(axis: str, sizes: Mapping[str, int]) -> int:
+    """The size of an axis, or of one that is another halved. sizes: by name. Raises KeyError for any other axis."""
+    if axis in sizes:
+        return sizes[axis]
+    name, _, times = axis.rpartition("_")
+    if name not in sizes or not times.isdecimal():
+        raise KeyError(axis)
+    return halved_size(sizes[name], int(times))
 
 
 def down_residual(index: int) -> str:

@@ -4,7 +4,7 @@ No weight is read here. Every file is there, whole and no pickle before the firs
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,11 @@ def find(source: str, config: str | None = None) -> Source:
     return _find_folder(_fetch(source, whole=True))
 
 
+def find_rest(folder: Path, without: Collection[str]) -> Source:
+    """A diffusers folder whose parts of these names have no weights there, but a config.json. Raises ModelError."""
+    return _find_folder(folder, without)
+
+
 def is_refiner(index: dict[str, Any]) -> bool:
     """True for a model that only finishes what another began: SDXL's, which is conditioned on an aesthetics score."""
     return bool(index.get("requires_aesthetics_score"))
@@ -109,10 +114,12 @@ def check_module_folder(folder: Path, what: str) -> int:
 # --- finding ---
 
 
-def _find_folder(folder: Path) -> Source:
+def _find_folder(folder: Path, without: Collection[str] = ()) -> Source:
     index = _read_index(folder)
     parts = []
     for name, cls, library in _described_parts(folder, index):
+        if name in without:
+            continue
         variant = _variant_of(folder / name)
         check_weights(folder / name, name, variant)
         parts.append(Part(name, cls, library, in_file=False, variant=variant))

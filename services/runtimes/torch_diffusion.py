@@ -9,7 +9,7 @@ whatever thread, holds `BUILDING`.
 """
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,13 @@ BUILDING = threading.RLock()
 _NAMES_SHOWN = 3
 
 
-def load(source: Source, dtype: torch.dtype, device: torch.device) -> Any:
+def load(
+    source: Source, dtype: torch.dtype, device: torch.device, modules: Mapping[str, nn.Module] | None = None
+) -> Any:
     """The text-to-image pipeline of a source, its modules on `device` as `dtype` and in evaluation mode.
 
-    A refiner, which paints no picture of its own, comes as the pipeline that its index names. Raises ModelError.
+    modules: parts that the source does not have, by name. A refiner, which paints no picture of its own, comes as the
+    pipeline that its index names. Raises ModelError.
     """
     in_file = _load_single_file(source, dtype, device) if source.file else {}
     in_folder = {
@@ -47,7 +50,13 @@ def load(source: Source, dtype: torch.dtype, device: torch.device) -> Any:
     try:
         with BUILDING:
             return loader.from_pretrained(
-                str(source.folder), **in_file, **in_folder, **absent, local_files_only=True, trust_remote_code=False
+                str(source.folder),
+                **in_file,
+                **in_folder,
+                **(modules or {}),
+                **absent,
+                local_files_only=True,
+                trust_remote_code=False,
             )
     except (MemoryError, torch.OutOfMemoryError):
         raise

@@ -110,7 +110,12 @@ class _Sides:
         """Those of the skip connections' residuals, of every level of a U-Net below the first."""
         levels = sum(block.downsamplers is not None for block in unet.down_blocks)
         return [
-            Axis(_halved(name, level), _halved_size(self.low, level), _halved_size(self.high, level), follows=name)
+            Axis(
+                names.halved(name, level),
+                names.halved_size(self.low, level),
+                names.halved_size(self.high, level),
+                follows=name,
+            )
             for level in range(1, levels + 1)
             for name in (names.HEIGHT, names.WIDTH)
         ]
@@ -119,15 +124,6 @@ class _Sides:
     def pixels(self) -> tuple[Axis, ...]:
         low, high = self.low * self._factor, self.high * self._factor
         return tuple(Axis(name, low, high) for name in (names.PIXEL_HEIGHT, names.PIXEL_WIDTH))
-
-
-def _halved(axis: str, times: int) -> str:
-    return f"{axis}_{times}"
-
-
-def _halved_size(size: int, times: int) -> int:
-    """Half of it, rounded up, so many times."""
-    return ((size - 1) >> times) + 1
 
 
 def _components(pipeline: Any, example: "_Example", sides: _Sides, rows: int) -> list[_Component]:
@@ -245,10 +241,10 @@ def _dynamic(component: str, network: Network, traced: Mapping[str, Tensor]) -> 
         elif name.startswith("down_residual") or name == names.MID_RESIDUAL:
             # Sizes of their own to torch.export, which finds out that they are the sample's halved.
             rows = traced[name].shape[2]
-            times = next(n for n in range(8) if _halved_size(traced[names.SAMPLE].shape[2], n) == rows)
-            least, most = _halved_size(_SIDE_LEAST, times), _halved_size(_ANY, times)
+            times = next(n for n in range(8) if names.halved_size(traced[names.SAMPLE].shape[2], n) == rows)
+            least, most = names.halved_size(_SIDE_LEAST, times), names.halved_size(_ANY, times)
             own = {
-                place: Dim(_halved(axis, times), min=least, max=most)
+                place: Dim(names.halved(axis, times), min=least, max=most)
                 for place, axis in ((2, names.HEIGHT), (3, names.WIDTH))
             }
             dynamic[name] = {0: batch, **(own if times else {2: height, 3: width})}
@@ -402,7 +398,7 @@ def _residual_shapes(net: Any, height: int, width: int) -> list[tuple[int, int, 
     for block, wide in zip(net.down_blocks, channels, strict=True):
         shapes += [(wide, height, width)] * len(block.resnets)
         if block.downsamplers is not None:
-            height, width = _halved_size(height, 1), _halved_size(width, 1)
+            height, width = names.halved_size(height, 1), names.halved_size(width, 1)
             shapes.append((wide, height, width))
     return [*shapes, (channels[-1], height, width)]
 

@@ -225,9 +225,25 @@ class FluxTransformer(Network):
             *guidance,
         )
 
-    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, **others: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        timestep: Tensor,
+        img_ids: Tensor,
+        txt_ids: Tensor,
+        guidance: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
         output: tuple[Tensor, ...] = self.transformer(
-            hidden_states=hidden_states, encoder_hidden_states=encoder_hidden_states, **others, return_dict=False
+            hidden_states=hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+            pooled_projections=pooled_projections,
+            timestep=timestep,
+            img_ids=img_ids,
+            txt_ids=txt_ids,
+            guidance=guidance,
+            return_dict=False,
         )
         return output
 

@@ -27,6 +27,7 @@ from services.diffusion.engine.overlay import Overlay, OverlaySwitch
 from services.diffusion.settings import Settings
 from services.kit import faults
 from services.kit.faults import Fault, FaultData, FieldViolation, Kind
+from services.runtimes.graph_diffusion import is_compiled
 from services.runtimes.torch_diffusion import BUILDING
 
 log = logging.getLogger(__name__)
@@ -131,6 +132,8 @@ class Adapters:
             raise faults.invalid_field("freeu", f"{self._name} has no U-Net, which FreeU needs; leave it out")
         words = self._words(parameters)
         loras = _summed(parameters)
+        if is_compiled(self._denoiser):
+            self._refuse_layers(parameters, words, loras)
         prompts = tuple(one.adapter for one in parameters.image_prompts)
         needed: set[AdapterKey] = {("lora", name) for name in loras} | {("embedding", word) for word in words}
         needed |= {("control", one.model) for one in parameters.controls}
@@ -152,6 +155,29 @@ class Adapters:
             uses=frozenset(needed),
             _table=self._embeddings,
         )
+
+    def _refuse_layers(self, parameters: Parameters, words: Mapping[str, str], loras: Iterable[str]) -> None:
+        """Raise Fault (FAILED_PRECONDITION) for what changes layers of torch: a compiled model has none."""
+        wanted = [_lora_field(name, parameters) for name in loras]
+        wanted += ["image_prompts"] if parameters.image_prompts else []
+        wanted += ["perturbed_attention"] if parameters.perturbed_attention is not None else []
+        wanted += ["freeu"] if parameters.freeu is not None else []
+        wanted += words.values()
+        for field in wanted:
+            what = "an embedding" if field in words.values() else "it"
+            description = (
+                f"{what} changes layers of torch, and {self._name} runs as compiled graphs; leave it out, or load the"
+                " model with runtime torch"
+            )
+            raise Fault(
+                FaultData(
+                    Kind.FAILED_PRECONDITION,
+                    "NEEDS_TORCH",
+                    f"{field}: {description}",
+                    fields=(FieldViolation(field, description),),
+                    metadata={"field": field, "model": self._name},
+                )
+            )
 
     # --- one of each kind ---
 
@@ -203,7 +229,8 @@ class Adapters:
         control = self._allowed("control", name, catalog.known_controls(self._settings), field)
 
         def read() -> tuple[LoadedControl, Callable[[], None]]:
-            return controls.load(control, self._pipeline, self._denoiser), _nothing
+            loaded = controls.load(control, self._pipeline, self._denoiser, self._settings)
+            return loaded, loaded.close
 
         return self._keep(("control", name), sorted(control.folder.glob("*.safetensors")), field, spared, read)
 

@@ -1,7 +1,7 @@
 """ControlNets and T2I-Adapters: modules beside the denoiser that steer it by a picture. The model does not change."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +11,17 @@ from safetensors import SafetensorError
 from torch import nn
 
 from services.diffusion.adapters_catalog import ControlKind, KnownControl
+from services.diffusion.engine import artifacts
 from services.diffusion.engine.adapter_files import Unfit, Unusable, header_of, without_path
+from services.diffusion.engine.artifacts import InUse, Wanted
+from services.diffusion.settings import Settings
+from services.kit.faults import Fault
+from services.runtimes import graph_diffusion
+from services.runtimes.artifacts.errors import StoreError
+from services.runtimes.diffusion_sources import ModelError
+from services.runtimes.graph_diffusion import class_name, is_compiled
+from services.runtimes.hardware import detect
+from services.runtimes.sessions.interface import SessionError
 
 # Where a ControlNet's config says otherwise than the denoiser's, what it takes in or gives out has another shape.
 _SAME: dict[str, tuple[str, ...]] = {
@@ -58,15 +68,22 @@ class LoadedControl:
     kind: ControlKind
     module: nn.Module
     condition_mode: Literal["RGB", "L"]
+    close: Callable[[], None] = lambda: None  # frees what it holds outside of Python's memory
 
 
-def load(control: KnownControl, pipeline: Any, denoiser: Any) -> LoadedControl:
-    """Read a control and hold it against the model. Raises Unusable or Unfit."""
+def load(control: KnownControl, pipeline: Any, denoiser: Any, settings: Settings) -> LoadedControl:
+    """Read a control and hold it against the model. Raises Unusable or Unfit.
+
+    A ControlNet is run from an artifact that `inkwell use` chose for it, or that was measured to be faster than torch;
+    else on torch, whatever its model runs on.
+    """
     if control.kind is None:
         raise Unusable(control.trouble)
     name = control.class_name
-    if type(denoiser).__name__ != _DENOISERS[name]:
-        raise Unfit(f"it is a {name}, for models with a {_DENOISERS[name]}; this one has a {type(denoiser).__name__}")
+    if (theirs := class_name(denoiser)) != _DENOISERS[name]:
+        raise Unfit(f"it is a {name}, for models with a {_DENOISERS[name]}; this one has a {theirs}")
+    if is_compiled(denoiser) and name != "ControlNetModel":
+        raise Unusable(f"a {name} changes layers of torch, and the model runs as compiled graphs")
     model_class = getattr(diffusers, name)
     for file in sorted(control.folder.glob("*.safetensors")):
         header_of(file)
@@ -74,6 +91,8 @@ def load(control: KnownControl, pipeline: Any, denoiser: Any) -> LoadedControl:
     differing = list(_differences(_config(model_class, control), name, pipeline, denoiser))
     if differing:
         raise Unfit("; ".join(differing))
+    if (in_use := _artifact(control, denoiser, settings)) is not None:
+        return _compiled(control, in_use)
     module = _read(model_class, control, denoiser.dtype).to(denoiser.device).eval()
     if control.kind == "t2i_adapter":
         _check_features(module, pipeline, denoiser)
@@ -81,6 +100,33 @@ def load(control: KnownControl, pipeline: Any, denoiser: Any) -> LoadedControl:
     else:
         channels = module.config.get("conditioning_channels") or 3
     return LoadedControl(control.name, control.kind, module, "L" if channels == 1 else "RGB")
+
+
+def _artifact(control: KnownControl, denoiser: Any, settings: Settings) -> InUse | None:
+    # Graphs hand their numbers over on the CPU.
+    if control.kind != "controlnet" or settings.runtime == "torch" or denoiser.device.type != "cpu":
+        return None
+    hardware = detect()
+    try:
+        stored = artifacts.find(control.name, control.folder, Wanted("auto"), settings, hardware)
+        if stored is None:
+            return None
+        return artifacts.hold(stored, settings, hardware, f"diffusion service, control {control.name}")
+    except (Fault, StoreError) as error:
+        raise Unusable(f"its artifact cannot be used: {error}") from error
+
+
+def _compiled(control: KnownControl, in_use: InUse) -> LoadedControl:
+    try:
+        module, close = graph_diffusion.open_controlnet(in_use.folder, in_use.stored.manifest, in_use.options)
+    except BaseException as error:
+        in_use.close()
+        if isinstance(error, SessionError | ModelError):
+            raise Unusable(f"its artifact {in_use.stored.id[:12]} cannot be used: {error}") from error
+        raise
+    in_use.close_with(close)
+    channels = module.config.get("conditioning_channels") or 3
+    return LoadedControl(control.name, "controlnet", module, "L" if channels == 1 else "RGB", in_use.close)
 
 
 def _config(model_class: Any, control: KnownControl) -> dict[str, Any]:

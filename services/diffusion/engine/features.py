@@ -6,6 +6,7 @@ from typing import Any
 from diffusers.pipelines import auto_pipeline
 
 from services.diffusion.domain import Family, Feature
+from services.runtimes.graph_diffusion import is_compiled
 
 _FAMILIES: dict[str, Family] = {
     "stable-diffusion": "sd",
@@ -29,6 +30,7 @@ def features_of(pipeline: Any, call_parameters: Mapping[str, Any], *, is_refiner
     inpainting = kin in auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING
     from_text = auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING
     denoiser = getattr(pipeline, "unet", None)
+    compiled = is_compiled(denoiser or getattr(pipeline, "transformer", None))
     found: dict[Feature, bool] = {
         "text": True,
         "image": from_image,
@@ -45,6 +47,10 @@ def features_of(pipeline: Any, call_parameters: Mapping[str, Any], *, is_refiner
         "guidance_rescale": "guidance_rescale" in call_parameters,
         "variation": "latents" in call_parameters,
     }
+    if compiled:
+        # These change layers of torch. Graphs of U-Nets have inputs for what ControlNets add, transformers' have none.
+        found |= dict.fromkeys(("image_prompts", "loras", "perturbed_attention", "freeu"), False)
+        found["controls"] &= denoiser is not None
     return tuple(feature for feature, there in found.items() if there)
 
 

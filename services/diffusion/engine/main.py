@@ -31,6 +31,7 @@ from services.diffusion.settings import MEMORY_SHARE, Settings
 from services.kit import faults
 from services.kit.engine_api import Accepted, Cancelled, EngineEvent, Failed, Finished, Raw, Update
 from services.kit.faults import Fault
+from services.runtimes import tuning
 from services.runtimes.diffusion_sources import ModelError
 from services.runtimes.hardware import detect, free_memory
 
@@ -68,6 +69,7 @@ class DiffusionEngine:
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
         hardware = detect()
+        tuning.start(hardware, settings.torch_compile)
         dtype = choose_dtype(settings.dtype, hardware)
         limit = settings.memory_limit_bytes or int(MEMORY_SHARE * free_memory(hardware.device))
         self.shelf = Shelf(settings, hardware, dtype, limit, self._warm)

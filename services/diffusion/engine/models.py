@@ -6,17 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import msgspec
 import torch
 from torch import nn
 
 from services.diffusion.domain import ModelInfo, Sampling
 from services.diffusion.engine import decoding, features, lanes
+from services.diffusion.engine.artifacts import InUse
 from services.diffusion.engine.conditioning import Conditioner
 from services.diffusion.engine.previews import Previews
 from services.diffusion.engine.schedulers import Schedulers
 from services.diffusion.settings import ModelSettings
+from services.runtimes import diffusion_graphs, graph_diffusion, tuning
 from services.runtimes import diffusion_sources as sources
 from services.runtimes import torch_diffusion as loading
+from services.runtimes.artifacts.manifest import Manifest
+from services.runtimes.artifacts.store import Stored
 from services.runtimes.diffusion_sources import ModelError, Source
 from services.runtimes.hardware import Hardware
 
@@ -32,25 +37,62 @@ class LoadedModel:
     """
 
     def __init__(
-        self, name: str, row: ModelSettings, hardware: Hardware, dtype: torch.dtype, source: Source | None = None
+        self,
+        name: str,
+        row: ModelSettings,
+        hardware: Hardware,
+        dtype: torch.dtype,
+        source: Source | None = None,
+        in_use: InUse | None = None,
+        *,
+        compiles: bool = False,
     ) -> None:
-        """Raises ModelError. source: what `sources.find` answered for the row; it is looked for when None."""
+        """source: what `sources.find` answered for the row; it is looked for when None.
+
+        in_use: an artifact to run it from, instead of the checkpoint; it is closed with the model, and if this fails.
+        compiles: have torch.compile make the denoiser faster. Raises ModelError, and SessionError for an artifact.
+        """
         self.name = name
-        self.device = torch.device(hardware.device)
+        # Graphs place themselves; what goes between them and beside them is on the CPU.
+        self.device = torch.device(hardware.device if in_use is None else "cpu")
         self._dtype = dtype
+        self._hardware, self._compiles = hardware, compiles
         self._row = row
+        self._in_use = in_use
         self._vaes: dict[str, Any] = {}
         try:
-            source = source or sources.find(row.source, row.config)
-            _check_vaes(row)
-            self.index = source.index
-            self.pipeline = loading.load(source, dtype, self.device)
-            self.pipeline.set_progress_bar_config(disable=True)
-            self.call_parameters = inspect.signature(self.pipeline.__call__).parameters
-            self.denoiser = self._find_denoiser()
-            self.preview = self._load_preview(source.folder)
-        except ModelError as error:
-            raise type(error)(f"model {name}: {error}") from error
+            self._load(source)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, ModelError):
+                raise type(error)(f"model {name}: {error}") from error
+            raise
+
+    def _load(self, source: Source | None) -> None:
+        _check_vaes(self._row)
+        if self._in_use is None:
+            source = source or sources.find(self._row.source, self._row.config)
+            self.pipeline = loading.load(source, self._dtype, self.device)
+            tuning.lay_out(self._modules(), self._hardware, self._dtype)
+        else:
+            source = self._open_graphs(self._in_use)
+        self.index = source.index
+        self._prepare(source)
+
+    def _open_graphs(self, in_use: InUse) -> Source:
+        manifest = in_use.stored.manifest
+        source = graph_diffusion.find(in_use.folder, manifest)
+        self.pipeline, close = graph_diffusion.open_pipeline(in_use.folder, manifest, source, in_use.options)
+        in_use.close_with(close)
+        return source
+
+    def _prepare(self, source: Source) -> None:
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.call_parameters = inspect.signature(self.pipeline.__call__).parameters
+        self.denoiser = self._find_denoiser()
+        if self._compiles:
+            tuning.compile_forward(self.denoiser, self._hardware)
+        self.preview = self._load_preview(source.folder)
         with loading.BUILDING:  # noise schedules are made of numbers of torch's default type
             self._schedulers = Schedulers(self.pipeline.scheduler)
         self.info = self._describe(source)
@@ -58,6 +100,11 @@ class LoadedModel:
         self.previews = Previews(self.pipeline.vae, self.preview, _pixels_a_latent(self.pipeline.vae))
         lanes.open_gate(self.denoiser)
         decoding.open_gate(self.pipeline.vae)
+
+    def close(self) -> None:
+        """Free what it holds outside of Python's memory; it may not be used after it."""
+        if self._in_use is not None:
+            self._in_use.close()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -133,11 +180,13 @@ class LoadedModel:
     def _describe(self, source: Source) -> ModelInfo:
         width, height, multiple = _sizes(self.pipeline, self.denoiser)
         held = [*self._modules(), *([self.preview] if self.preview is not None else [])]
+        manifest = self._in_use.stored.manifest if self._in_use is not None else None
         return ModelInfo(
             name=self.name,
             pipeline=type(self.pipeline).__name__,
-            dtype=str(self._dtype).removeprefix("torch."),
-            parameter_count=sum(weight.numel() for part in self._modules() for weight in part.parameters()),
+            dtype=_float_type(manifest) if manifest is not None else str(self._dtype).removeprefix("torch."),
+            parameter_count=sum(weight.numel() for part in self._modules() for weight in part.parameters())
+            + _parameters(manifest),
             default_width=width,
             default_height=height,
             size_multiple=multiple,
@@ -153,17 +202,29 @@ class LoadedModel:
                 self.pipeline, self.call_parameters, is_refiner=sources.is_refiner(self.index)
             ),
             vaes=tuple(self._row.vaes),
-            file_bytes=source.file_bytes,
+            file_bytes=source.file_bytes + (manifest.weight_bytes if manifest is not None else 0),
+            runtime=manifest.runtime if manifest is not None else f"torch {torch.__version__}",
+            precision=manifest.precision if manifest is not None else str(self._dtype).removeprefix("torch."),
+            artifact=self._in_use.stored.id if self._in_use is not None else "",
+            largest_side_px=_largest_side_px(manifest, _pixels_a_latent(self.pipeline.vae)),
             memory_bytes=sum(
                 weight.numel() * weight.element_size()
                 for part in held
                 for weight in (*part.parameters(), *part.buffers())
-            ),
+            )
+            + (manifest.weight_bytes if manifest is not None else 0),
         )
 
 
-def needed_bytes(row: ModelSettings, source: Source, dtype: torch.dtype) -> int:
-    """Memory that the model's weights will take, its other VAEs included. Raises ModelError."""
+def needed_bytes(row: ModelSettings, source: Source, dtype: torch.dtype, stored: Stored | None = None) -> int:
+    """Memory that the model's weights will take, its other VAEs included. Raises ModelError.
+
+    source: the checkpoint. stored: the artifact that it is run from instead.
+    """
+    if stored is not None:
+        beside = [size for size in stored.manifest.files if size.path.endswith(".safetensors")]
+        kept = sum(file.size_bytes for file in beside)
+        return stored.manifest.weight_bytes + kept + _check_vaes(row) * torch.float32.itemsize
     numbers = source.number_count + _check_vaes(row)
     for place in (row.preview_autoencoder, source.folder / PREVIEW_FOLDER):
         if place is not None and Path(place).expanduser().is_dir():
@@ -186,6 +247,30 @@ def choose_dtype(wanted: str, hardware: Hardware) -> torch.dtype:
     if hardware.label in ("cuda", "rocm"):
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return torch.float32
+
+
+def _float_type(manifest: Manifest) -> str:
+    """Data type of an artifact's weights that are not rounded to integers."""
+    return manifest.precision if manifest.precision in ("bfloat16", "float16") else "float32"
+
+
+def _parameters(manifest: Manifest | None) -> int:
+    """Of the networks that are graphs. Raises ModelError."""
+    if manifest is None:
+        return 0
+    try:
+        return msgspec.convert(manifest.details, diffusion_graphs.Details).parameter_count
+    except msgspec.ValidationError as error:
+        raise ModelError(f"the artifact's details are not those of a diffusion model: {error}") from error
+
+
+def _largest_side_px(manifest: Manifest | None, pixels_a_latent: int) -> int:
+    """Side of the largest picture that the graphs take; 0 for any: other runtimes than these take every size."""
+    if manifest is None or manifest.target not in ("tensorrt", "triton"):
+        return 0
+    decoder = manifest.graph(diffusion_graphs.VAE_DECODER)
+    axes = decoder.axes if decoder is not None else ()
+    return min((axis.high * pixels_a_latent for axis in axes if axis.name != diffusion_graphs.BATCH), default=0)
 
 
 def _pixels_a_latent(vae: Any) -> int:

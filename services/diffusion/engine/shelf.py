@@ -21,7 +21,8 @@ import msgspec
 import torch
 
 from services.diffusion import catalog
-from services.diffusion.domain import EngineInfo, Loading, LoadJob, PaintJob, UnloadJob
+from services.diffusion.domain import EngineInfo, Loading, LoadJob, ModelInfo, PaintJob, UnloadJob
+from services.diffusion.engine.artifacts import Wanted
 from services.diffusion.engine.loader import Checked, Loader, fault_of
 from services.diffusion.engine.models import LoadedModel
 from services.diffusion.settings import Settings
@@ -57,6 +58,7 @@ class _Load:
     """A model to be loaded: for LoadJobs, or for jobs that wait in `Shelf._parked`."""
 
     name: str
+    wanted: Wanted = Wanted()
     jobs: list[str] = field(default_factory=list)
     unloaders: list[str] = field(default_factory=list)  # UnloadJobs that came meanwhile
     stage: Loading = Loading("waiting")
@@ -132,7 +134,7 @@ class Shelf:
         for name in self._settings.names_at_start:
             if name not in known:
                 raise ModelError(f"load_at_start: there is no model {name!r}; here are: {', '.join(known)}")
-            checked = self._loader.check(name)
+            checked = self._loader.check(name, Wanted())
             if checked.needed_bytes > self._limit:
                 raise ModelError(self._too_large(name, checked))
             held = sum(held.bytes for held in self._held.values())
@@ -177,16 +179,18 @@ class Shelf:
         return [(job_id, job, {name: self.model(name) for name in job.models}) for job_id, job in arrived]
 
     def load(self, job_id: str, job: LoadJob) -> None:
-        """Load a known model unless it is loaded; raises Fault for a name that is not known."""
+        """Load a known model unless it is loaded so; raises Fault for a name that is not known."""
         if job.model not in catalog.known_models(self._settings):
             raise self._unknown(job.model, "name")
         self._events.append(Accepted(job_id))
+        wanted = Wanted.by(job)
         held = self._held.get(job.model)
-        if held is not None and not held.closing:
+        if held is not None and not held.closing and _is_as(held.model.info, wanted):
             held.last_used = next(self._clock)
             self._finish(job_id, held.model.info)
             return
-        load = self._load_of(job.model) or self._queue(job.model)
+        load = next((load for load in self._loads if (load.name, load.wanted) == (job.model, wanted)), None)
+        load = load or self._queue(job.model, wanted)
         load.jobs.append(job_id)
         self._tell(job_id, load.stage)
         self.advance()
@@ -281,8 +285,8 @@ class Shelf:
     def _load_of(self, name: str) -> _Load | None:
         return next((load for load in self._loads if load.name == name), None)
 
-    def _queue(self, name: str) -> _Load:
-        load = _Load(name)
+    def _queue(self, name: str, wanted: Wanted = Wanted()) -> _Load:  # noqa: B008 - it cannot change
+        load = _Load(name, wanted)
         self._loads.append(load)
         return load
 
@@ -311,11 +315,24 @@ class Shelf:
         if not load.jobs and not self._waiting_for(load.name):
             self._end_unloaders(load)
             return True  # nobody wants it any more
-        if load.name in self._held:
+        held = self._held.get(load.name)
+        if held is not None and held.closing:
             return False  # the same model is about to leave; that comes first
         if load.checked is None:
-            load.future = self._start(load, functools.partial(self._loader.check, load.name))
+            load.future = self._start(load, functools.partial(self._loader.check, load.name, load.wanted))
             return False
+        if held is not None:
+            if held.model.info.artifact == load.checked.artifact:
+                for job_id in load.jobs:
+                    self._finish(job_id, held.model.info)
+                held.unloaders += load.unloaders
+                held.closing = bool(held.unloaders)
+                return True
+            # It runs from something else. Now that the other is known to be there, it leaves.
+            held.closing = True
+            self._drop_idle()
+            if load.name in self._held:
+                return False
         try:
             if not self._make_room(load, load.checked):
                 return False
@@ -402,7 +419,9 @@ class Shelf:
     def _drop_idle(self) -> None:
         gone = [name for name, held in self._held.items() if held.closing and not held.users]
         for name in gone:
-            for job_id in self._held.pop(name).unloaders:
+            held = self._held.pop(name)
+            held.model.close()
+            for job_id in held.unloaders:
                 self._finish(job_id, None)
         if gone:
             gc.collect()  # models hold circles
@@ -425,7 +444,8 @@ class Shelf:
         return faults.not_found("model", name, catalog.known_models(self._settings), field=field)
 
     def _too_large(self, name: str, checked: Checked) -> str:
-        dtype = str(self._loader.dtype).removeprefix("torch.")
+        stored = checked.stored
+        dtype = stored.manifest.precision if stored else str(self._loader.dtype).removeprefix("torch.")
         return (
             f"model {name} takes {checked.needed_bytes} bytes as {dtype} and the limit for all models is"
             f" {self._limit} (memory_limit_bytes)"
@@ -441,3 +461,10 @@ class Shelf:
             needed_bytes=checked.needed_bytes,
             limit_bytes=self._limit,
         )
+
+
+def _is_as(info: ModelInfo, wanted: Wanted) -> bool:
+    """Whether a loaded model runs as wanted, as far as can be told without looking at folders and artifacts."""
+    if wanted.artifact:
+        return info.artifact.startswith(wanted.artifact)
+    return wanted.runtime is None or info.runtime.split()[0] == wanted.runtime

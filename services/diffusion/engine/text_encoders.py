@@ -13,6 +13,7 @@ import torch
 from compel import EmbeddingsProvider, SplitLongTextMode
 
 from services.diffusion.prompts.syntax import CHUNKS_MOST, Branch, Chunk, Fragment
+from services.runtimes.graph_diffusion import class_name, is_compiled
 
 Family = Literal["sd", "sdxl", "sd3", "flux"]
 
@@ -59,6 +60,8 @@ class _Reader:
         if self._penultimate:
             output = self._encoder(token_ids, output_hidden_states=True)
             return output.hidden_states[-(self._skip + 2)], output[0] if output[0].ndim == 2 else None
+        if self._skip and is_compiled(self._encoder):
+            return self._encoder.skipping(token_ids, self._skip), None
         if self._skip:
             output = self._encoder(token_ids, output_hidden_states=True)
             # Older checkpoints' classes keep the layers one level further down.
@@ -202,10 +205,10 @@ def _as_one(branch: Branch) -> tuple[Chunk]:
 def family_of(pipeline: Any) -> Family | None:
     """Which way the pipeline wants its embeddings; None for one that is not known here."""
     short, t5 = clips(pipeline), _t5(pipeline)
-    if any(not type(encoder).__name__.startswith("CLIPTextModel") for _, encoder in short):
+    if any(not class_name(encoder).startswith("CLIPTextModel") for _, encoder in short):
         return None
     denoiser = getattr(pipeline, "transformer", None) or getattr(pipeline, "unet", None)
-    kind = type(denoiser).__name__
+    kind = class_name(denoiser)
     if kind == "FluxTransformer2DModel" and len(short) == 1 and t5 is not None:
         return "flux"
     if kind == "SD3Transformer2DModel" and len(short) == 2:
@@ -221,13 +224,13 @@ def clips(pipeline: Any) -> list[tuple[Any, Any]]:
         (getattr(pipeline, f"tokenizer{number}", None), getattr(pipeline, f"text_encoder{number}", None))
         for number in ("", "_2", "_3")
     ]
-    return [pair for pair in pairs if None not in pair and not type(pair[1]).__name__.startswith("T5")]
+    return [pair for pair in pairs if None not in pair and not class_name(pair[1]).startswith("T5")]
 
 
 def _t5(pipeline: Any) -> tuple[Any, Any] | None:
     for number in ("_2", "_3"):
         encoder = getattr(pipeline, f"text_encoder{number}", None)
-        if type(encoder).__name__.startswith("T5"):
+        if class_name(encoder).startswith("T5"):
             return getattr(pipeline, f"tokenizer{number}"), encoder
     return None
 
