@@ -32,8 +32,14 @@ DEMO_LINE = SAMPLES / "02-station.png"
 DEMO_PROMPT = "grinning face"
 
 # Fixed for `make up`, so that clients and Prometheus find them: gRPC port and metrics port.
-PORTS = {"gateway": (50050, 9150), "ocr": (50051, 9151), "diffusion": (50052, 9152)}
-BACKENDS = {"ocr": "inkwell.ocr.v1.OcrService", "diffusion": "inkwell.diffusion.v1.DiffusionService"}
+PORTS = {"gateway": (50050, 9150), "ocr": (50051, 9151), "diffusion": (50052, 9152), "compiler": (50053, 9153)}
+BACKENDS = {
+    "ocr": "inkwell.ocr.v1.OcrService",
+    "diffusion": "inkwell.diffusion.v1.DiffusionService",
+    "compiler": "inkwell.compiler.v1.CompilerService",
+}
+# What the demo and the benchmarks need; a compiler keeps its operations in a file that only one may open.
+MODEL_SERVICES = ("ocr", "diffusion")
 # Loading both models took 10 s on two busy cores; the rest is for slower disks.
 READY_WITHIN_S = 180.0
 STOP_WITHIN_S = 40.0
@@ -55,10 +61,11 @@ class StartError(RuntimeError):
 def start(ports: dict[str, tuple[int, int]], folder: Path) -> list[Service]:
     """Start the services and the gateway, logging to `folder`; raises StartError unless all get ready in time."""
     started: list[Service] = []
+    backends = [name for name in BACKENDS if name in ports]
     try:
-        for name in (*BACKENDS, "gateway"):
+        for name in (*backends, "gateway"):
             started.append(spawn(name, ports, folder))
-        _wait_ready(started, address(ports, "gateway"), folder)
+        _wait_ready(started, backends, address(ports, "gateway"), folder)
     except BaseException:
         stop(started)
         raise
@@ -82,7 +89,7 @@ def stop(services: list[Service]) -> None:
 @contextmanager
 def running_on_free_ports() -> Iterator[dict[str, Service]]:
     """Everything, on ports that nobody else has; yields the services by name and stops them afterwards."""
-    names = (*BACKENDS, "gateway")
+    names = (*MODEL_SERVICES, "gateway")
     ports = dict(zip(names, ((port, -1) for port in free_ports(len(names))), strict=True))
     with tempfile.TemporaryDirectory(prefix="inkwell-") as folder:
         services = start(ports, Path(folder))
@@ -150,6 +157,7 @@ def _write_gateway_config(ports: dict[str, tuple[int, int]], folder: Path) -> Pa
         "pools": [
             {"name": f"{name}-local", "service": name, "hardware": hardware_label(), "targets": [address(ports, name)]}
             for name in BACKENDS
+            if name in ports
         ]
     }
     path = folder / "gateway.yaml"
@@ -157,9 +165,9 @@ def _write_gateway_config(ports: dict[str, tuple[int, int]], folder: Path) -> Pa
     return path
 
 
-def _wait_ready(services: list[Service], gateway: str, folder: Path) -> None:
+def _wait_ready(services: list[Service], backends: list[str], gateway: str, folder: Path) -> None:
     deadline = time.monotonic() + READY_WITHIN_S
-    waiting = set(BACKENDS)
+    waiting = set(backends)
     with grpc.insecure_channel(gateway) as channel:
         check = health_pb2_grpc.HealthStub(channel).Check
         while waiting:
@@ -209,7 +217,7 @@ def up() -> int:
         print("already running; `make down` stops it")
         _print_addresses(running)
         return 0
-    print("· starting ocr, diffusion and the gateway", flush=True)
+    print("· starting ocr, diffusion, the compiler and the gateway", flush=True)
     services = start(PORTS, RUN)
     STATE.write_text(json.dumps([vars(service) for service in services]))
     _print_addresses(services)
@@ -245,7 +253,7 @@ def _print_addresses(services: list[Service]) -> None:
 def demo() -> int:
     """Read a line and paint a picture through freshly started services, then stop them; answers the exit code."""
     began = time.monotonic()
-    print("· starting ocr, diffusion and the gateway", flush=True)
+    print("· starting ocr, diffusion, the compiler and the gateway", flush=True)
     with running_on_free_ports() as services:
         line = DEMO_LINE.relative_to(ROOT)
         picture = DEMO_OUTPUT / f"{DEMO_PROMPT.replace(' ', '-')}.png"

@@ -14,7 +14,7 @@ from services.gateway import config as configuration
 from services.gateway.config import ConfigError, GatewayConfig
 from services.gateway.discovery import Resolver, resolve_host
 from services.gateway.endpoint import ChannelOptions
-from services.gateway.methods import FULL_NAMES
+from services.gateway.methods import FULL_NAMES, SHARED_NAMES
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.pools import Fleet
 from services.gateway.proxy import Proxy
@@ -49,7 +49,7 @@ def assemble(settings: Settings, fleet: Fleet) -> ServiceServer:
     def register(server: grpc.aio.Server) -> list[str]:
         gateway_pb2_grpc.add_GatewayServiceServicer_to_server(GatewayServicer(fleet), server)
         server.add_generic_rpc_handlers((Proxy(routing),))
-        return [own_name, *FULL_NAMES.values()]
+        return [own_name, *FULL_NAMES.values(), *SHARED_NAMES]
 
     @contextlib.asynccontextmanager
     async def lifespan(health: Health) -> AsyncIterator[None]:

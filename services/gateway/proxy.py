@@ -10,7 +10,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from services.gateway import metadata, methods
 from services.gateway.feed import RequestFeed
-from services.gateway.methods import FULL_NAMES, Method
+from services.gateway.methods import FULL_NAMES, SHARED_NAMES, Method
 from services.gateway.routed import RoutedCall, Routing
 from services.kit.call import label_method
 from services.kit.errors import DOMAIN
@@ -47,7 +47,7 @@ def _handler(routing: Routing, method: Method) -> grpc.RpcMethodHandler:
         def opened(stub: Any, timeout: float | None, passed: metadata.Metadata) -> Any:
             return stub(request, timeout=timeout, metadata=passed)
 
-        with RoutedCall(routing, method, context) as call:
+        with RoutedCall(routing, methods.addressed(method, request), context) as call:
             return await _attempts(call, opened, relay)
 
     async def many_requests(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> bytes | None:
@@ -124,7 +124,7 @@ async def _relay_stream(call: RoutedCall, upstream: Any) -> None:
 
 async def _unrouted(_requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:
     label_method("other")
-    routed = ", ".join(FULL_NAMES.values())
+    routed = ", ".join((*FULL_NAMES.values(), *SHARED_NAMES))
     message = f"the gateway does not route this service; it routes: {routed}"
     detail = any_pb2.Any()
     detail.Pack(error_details_pb2.ErrorInfo(reason="SERVICE_NOT_ROUTED", domain=DOMAIN))
