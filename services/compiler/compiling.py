@@ -63,7 +63,7 @@ class Compiler:
         """The operation that compiles it: the one that does so already, else a new one. Raises Fault."""
         if request.target == "tensorrt":
             # Known at once, so said at once.
-            await asyncio.to_thread(tensorrt_machine.require)
+            await asyncio.to_thread(tensorrt_machine.require, request.precision)
         # One after the other, so that of two equal requests at the same moment the second finds the first.
         async with self._submitting:
             if not request_id and (same := await self._under_way(request)) is not None:
@@ -76,11 +76,10 @@ class Compiler:
 
     def targets(self) -> Mapping[Target, tuple[tuple[ArtifactPrecision, ...], str]]:
         """Each target's precisions, and what this machine lacks to build for it."""
-        tensorrt: tuple[ArtifactPrecision, ...] = ("float32", "bfloat16", "float16", "int8_static")
         return {
             "onnx": (_ALL, ""),
             "openvino": (_ALL, ""),
-            "tensorrt": (tensorrt, tensorrt_machine.missing()),
+            "tensorrt": (tensorrt_machine.PRECISIONS, tensorrt_machine.missing()),
             "triton": (_ALL, ""),
         }
 

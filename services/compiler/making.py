@@ -1,7 +1,7 @@
 """From a checkpoint to the graphs of an artifact: exported, built for the target, verified. Imports torch."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ from services.compiler.quality.lines import LinesError
 from services.compiler.quality.prompts import PromptsError
 from services.compiler.search import BudgetError
 from services.compiler.targets import tensorrt, tensorrt_machine, triton
-from services.compiler.verify import VerificationError
+from services.compiler.verify import VerificationError, verify_graph
 from services.kit import faults
 from services.runtimes.artifacts.manifest import ArtifactPrecision, Check, Graph, Kind, Measured
 from services.runtimes.checkpoints import CheckpointError
 from services.runtimes.diffusion_sources import ModelError
 from services.runtimes.hardware import detect
-from services.runtimes.sessions.interface import SessionError
+from services.runtimes.sessions.interface import SessionError, SessionOptions
+from services.runtimes.sessions.opening import open_session
 
 Say = Callable[[Stage, str], None]
 
@@ -68,7 +69,8 @@ def make_graphs(job: CompileJob, source: Path, kind: Kind, folder: Path, say: Sa
                 graphs = _repository(exported, built.graphs, request, folder, staging)
             case "tensorrt":
                 built = building.build(exported, msgspec.structs.replace(request, target="onnx"), source, folder, say)
-                graphs = tuple(_engine(graph, request.precision, folder, staging, say) for graph in built.graphs)
+                graphs, more = _engines(exported, built.graphs, request, folder, staging, say)
+                built = replace(built, checks=(*built.checks, *more))
     except tuple(_REASONS) as error:
         reason = next(reason for kind_, reason in _REASONS.items() if isinstance(error, kind_))
         raise faults.failed_precondition(
@@ -99,21 +101,45 @@ def _export(job: CompileJob, source: Path, kind: Kind, folder: Path, say: Say) -
 def _repository(
     exported: Exported, graphs: tuple[Graph, ...], request: CompileRequest, folder: Path, staging: Path
 ) -> tuple[Graph, ...]:
-    options = triton.RepositoryOptions(
-        prefix=f"{request.model}-", precision=request.precision, max_batch_size=request.max_batch_size
-    )
-    built = [triton.BuiltGraph(graph, folder / graph.file, exported.graph(graph.component).example) for graph in graphs]
-    return triton.write_repository(built, staging, request.hardware or detect().label, options)
+    served: list[Graph] = []
+    for graph in graphs:
+        options = triton.RepositoryOptions(
+            prefix=f"{request.model}-", precision=_precision(request, graph), max_batch_size=request.max_batch_size
+        )
+        built = triton.BuiltGraph(graph, folder / graph.file, exported.graph(graph.component).example)
+        served += triton.write_repository([built], staging, request.hardware or detect().label, options)
+    return tuple(served)
 
 
-def _engine(graph: Graph, precision: ArtifactPrecision, folder: Path, staging: Path, say: Say) -> Graph:
-    machine = tensorrt_machine.require()
-    plan = tensorrt.plan(graph.component, folder / graph.file, graph.inputs, graph.axes, precision, machine)
-    engine = staging / f"{graph.component}.engine"
+def _engines(
+    exported: Exported, graphs: tuple[Graph, ...], request: CompileRequest, folder: Path, staging: Path, say: Say
+) -> tuple[tuple[Graph, ...], list[Check]]:
+    """Engines of the ONNX graphs, and what they answer on this very device against torch."""
+    engines: list[Graph] = []
+    checks: list[Check] = []
+    for graph in graphs:
+        precision = _precision(request, graph)
+        machine = tensorrt_machine.require(precision)
+        plan = tensorrt.plan(graph.component, folder / graph.file, graph.inputs, graph.axes, precision, machine)
+        engine = staging / f"{graph.component}.plan"
+        engine.with_suffix(".report.txt").write_text(tensorrt.report(plan, engine) + "\n")
+        tensorrt.build(plan, engine, say=lambda text: say("building", text))
+        hardware = detect()
+        session = open_session(engine, "tensorrt", SessionOptions(hardware))
+        try:
+            of_engine, axes = verify_graph(
+                exported.graph(graph.component),
+                session,
+                precision,
+                lambda text: say("verifying", text),
+                device=hardware.device,
+            )
+        finally:
+            session.close()
+        checks += [msgspec.structs.replace(check, name=f"engine of {check.name}") for check in of_engine]
+        engines.append(msgspec.structs.replace(graph, file=engine.name, axes=axes))
+    return tuple(engines), checks
 
-    def note(text: str) -> None:
-        say("building", f"{graph.component}: {text}")
 
-    note(tensorrt.report(plan, engine))
-    tensorrt.build(plan, engine, say=note)
-    return msgspec.structs.replace(graph, file=engine.name)
+def _precision(request: CompileRequest, graph: Graph) -> ArtifactPrecision:
+    return request.component_precisions.get(graph.component, request.precision)

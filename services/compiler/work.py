@@ -52,7 +52,7 @@ def _compile(job: CompileJob, store: Store, folder: Path, say: Say) -> str:
     request = job.request
     if request.target == "tensorrt":
         # Looked for first: exporting takes minutes.
-        tensorrt_machine.require()
+        tensorrt_machine.require(request.precision)
     say("fetching", request.source)
     source, kind = _source(request, allow_pickled_weights=job.allow_pickled_weights)
     source_digest = _digest(source, request.model)

@@ -13,16 +13,15 @@ from services.runtimes.cuda_device import CudaDevice, NoCudaDeviceError, find
 OLDEST = (10, 12)
 INSTALL = "pip install tensorrt-cu12 or tensorrt-cu13, for the CUDA that torch.version.cuda names"
 # A strongly typed network computes in the types of its ONNX graph. TensorRT quantizes weights together with their
-# inputs to 8 bits, by ranges in the graph, and weights alone to 4 bits ("Working with Quantized Types", TensorRT
-# documentation); ranges found as the inputs come have no ONNX operator there. Beside each the compute capability from
-# which devices have the type: NVIDIA's support matrices of TensorRT, Transformer Engine and Model Optimizer. 7.5 is
-# the oldest device of TensorRT 11.
+# inputs, by ranges in the graph ("Working with Quantized Types", TensorRT documentation); ranges found as the inputs
+# come have no ONNX operator there, and 4-bit weights none that the compiler writes. Beside each the compute capability
+# from which devices have the type: NVIDIA's support matrices of TensorRT and Transformer Engine. 7.5 is the oldest
+# device of TensorRT 11.
 MINIMUM_CAPABILITY: dict[ArtifactPrecision, tuple[int, int]] = {
     "float32": (7, 5),
     "float16": (7, 5),
     "bfloat16": (8, 0),
     "int8_static": (7, 5),
-    "int4_weight_only": (8, 0),
 }
 PRECISIONS: tuple[ArtifactPrecision, ...] = tuple(MINIMUM_CAPABILITY)
 

@@ -44,7 +44,8 @@ class TensorrtSession:
         self._device = torch.device(options.hardware.device if options.hardware.label == "cuda" else "cuda:0")
         self._logger = _logger(trt)
         with torch.cuda.device(self._device):
-            engine = trt.Runtime(self._logger).deserialize_cuda_engine(_read(file))
+            self._runtime: Any = trt.Runtime(self._logger)  # has to live as long as its engines
+            engine = self._runtime.deserialize_cuda_engine(_read(file))
             if engine is None:
                 raise SessionError(f"{file}: TensorRT refuses the engine: {self._logger.told()}; {_COMPILE_ANEW}")
             self._engine: Any = engine
@@ -86,7 +87,7 @@ class TensorrtSession:
 
     def close(self) -> None:
         """See `interface.Session.close`."""
-        self._context = self._engine = None
+        self._context = self._engine = self._runtime = None
 
     def _port(self, name: str) -> Port:
         shape = tuple(self._engine.get_tensor_shape(name))
