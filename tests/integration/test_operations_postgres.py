@@ -12,17 +12,18 @@ import psutil
 import pytest
 from google.longrunning import operations_pb2
 from google.rpc import code_pb2
+from grpc_status import rpc_status
 
 from tests.support.child_work import Todo
 from tests.support.operations import Caller, ServiceProcess
-from tests.support.postgres import postgres
+from tests.support.postgres import Postgres, postgres
 from tests.support.processes import alive
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    with postgres() as address:
-        yield address
+def server() -> Iterator[Postgres]:
+    with postgres() as server:
+        yield server
 
 
 class Replica:
@@ -34,10 +35,9 @@ class Replica:
 
 
 @pytest.fixture
-async def replicas(address: str) -> AsyncIterator[tuple[Replica, Replica]]:
-    both = Replica(address), Replica(address)
-    for each in both:
-        await each.process.start()
+async def replicas(server: Postgres) -> AsyncIterator[tuple[Replica, Replica]]:
+    both = Replica(server.address), Replica(server.address)
+    await asyncio.gather(*(each.process.start() for each in both))
     yield both
     for each in both:
         await each.process.end()
@@ -99,3 +99,24 @@ async def test_what_one_leaves_another_does(
     assert [each.WhichOneof("event") for each in told].count("started") == 2
     assert told[-1].done.HasField("response")
     assert not alive(pids_of(told))
+
+
+async def test_a_database_that_is_away_costs_time_and_nothing_else(server: Postgres, tmp_path: Path) -> None:
+    replica = Replica(server.address)
+    await replica.process.start()
+    go = tmp_path / "go"
+    name = (await replica.caller.begin(Todo(steps=3, wait_for=str(go)))).name
+    await replica.caller.until(name, "started")
+    await asyncio.to_thread(server.stop)
+    go.touch()  # the work goes on, and has nobody to tell
+    with pytest.raises(grpc.aio.AioRpcError) as away:
+        await replica.caller.get(name)
+    assert away.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert "OPERATIONS_DATABASE_AWAY" in str(rpc_status.from_call(away.value))
+    await asyncio.to_thread(server.start)
+    told = await replica.caller.events(name)
+    assert [each.WhichOneof("event") for each in told] == ["queued", "started", *["progress"] * 3, "done"]
+    assert told[-1].done.HasField("response")
+    assert (await replica.caller.events((await replica.caller.begin(Todo())).name))[-1].done.HasField("response")
+    await replica.process.end()
+    await replica.caller.channel.close()

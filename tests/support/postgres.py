@@ -8,13 +8,38 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pytest
 
 
+@dataclass
+class Postgres:
+    """A server; `address` is of an empty database."""
+
+    folder: str
+    port: int
+    user: str | None
+
+    @property
+    def address(self) -> str:
+        return f"postgresql://inkwell@127.0.0.1:{self.port}/postgres"
+
+    def start(self) -> None:
+        options = f"-p {self.port} -k {self.folder} -c fsync=off"
+        self.run("pg_ctl", "-D", "data", "-l", "log", "-w", "-o", options, "start")
+
+    def stop(self) -> None:
+        """At once: connections are cut."""
+        self.run("pg_ctl", "-D", "data", "-m", "immediate", "stop")
+
+    def run(self, *command: str) -> None:
+        subprocess.run(command, user=self.user, check=True, cwd=self.folder, stdout=subprocess.DEVNULL)
+
+
 @contextlib.contextmanager
-def postgres() -> Iterator[str]:
-    """The address of an empty database; skips the test where there is no Postgres."""
+def postgres() -> Iterator[Postgres]:
+    """A running server; skips the test where there is no Postgres."""
     if shutil.which("initdb") is None or shutil.which("pg_ctl") is None:
         pytest.skip("postgresql is not installed")
     # It refuses to run as root.
@@ -23,16 +48,12 @@ def postgres() -> Iterator[str]:
         if user is not None:
             account = pwd.getpwnam(user)
             os.chown(folder, account.pw_uid, account.pw_gid)
-
-        def run(*command: str) -> None:
-            subprocess.run(command, user=user, check=True, cwd=folder, stdout=subprocess.DEVNULL)
-
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        run("initdb", "-D", "data", "-U", "inkwell", "-A", "trust", "--no-sync")
-        run("pg_ctl", "-D", "data", "-l", "log", "-w", "-o", f"-p {port} -k {folder} -c fsync=off", "start")
+            server = Postgres(folder, free.getsockname()[1], user)
+        server.run("initdb", "-D", "data", "-U", "inkwell", "-A", "trust", "--no-sync")
+        server.start()
         try:
-            yield f"postgresql://inkwell@127.0.0.1:{port}/postgres"
+            yield server
         finally:
-            run("pg_ctl", "-D", "data", "-m", "immediate", "stop")
+            server.stop()
