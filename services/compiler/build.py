@@ -63,7 +63,7 @@ def build(exported: Exported, request: CompileRequest, checkpoint: Path, staging
     calibration = _run_in_float(works, judge, hardware, say)
     for work in works:
         work.calibration = calibration.get(work.component, ())
-    kept = _kept_in_float(works, judge, request, staging, hardware, say)
+    kept, judged = _kept_in_float(works, judge, request, staging, hardware, say)
     graphs, checks, measured = [], [], []
     with ExitStack() as stack:
         sessions: dict[str, Session] = {}
@@ -77,12 +77,18 @@ def build(exported: Exported, request: CompileRequest, checkpoint: Path, staging
             if request.target != "openvino":
                 checks.append(verify.check_onnx(work.component, file))
             found, axes = verify.verify_graph(
-                work.graph, sessions[work.component], work.precision, lambda note: say("verifying", note)
+                work.graph,
+                sessions[work.component],
+                work.precision,
+                lambda note: say("verifying", note),
+                sizes=work.sizes,
             )
             checks += found
             graphs.append(work.graph_of(file, axes, kept.get(work.component, frozenset())))
         say("verifying", judge.limit.name)
-        found, figures = judge.checks(sessions)
+        if not judged:
+            judge.value(sessions, thorough=True)
+        found, figures = judge.checks()
         checks += found
         measured += figures
         verify.require(checks)
@@ -116,10 +122,13 @@ class _Work:
     layers: list[Layer] = field(init=False)  # those that the precision is for
     excluded: frozenset[str] = field(init=False)
     float_bytes: int = field(init=False)
+    sizes: verify.Sizes = field(init=False)
     _written: dict[Path, frozenset[str]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
+        # All that the exported file is for, as the built one may take its place.
         self.float_bytes = layers.weight_bytes(self.graph.file)
+        self.sizes = verify.Sizes(self.graph)
         self.model = layers.prepare(layers.load(self.graph.file))
         found = layers.find_layers(self.model)
         self.excluded = frozenset(layers.excluded_by(self.request.excluded_layers, self.component, found))
@@ -209,11 +218,12 @@ def _run_in_float(
 
 def _kept_in_float(
     works: Sequence[_Work], judge: Judge, request: CompileRequest, staging: Path, hardware: Hardware, say: Say
-) -> dict[str, frozenset[str]]:
-    """Which layers of each component have to stay in float for the budget to hold; raises BudgetError."""
+) -> tuple[dict[str, frozenset[str]], bool]:
+    """Which layers of each component have to stay in float for the budget to hold, and whether they were what was last
+    judged thoroughly; raises BudgetError."""
     integer = [work for work in works if work.is_integer]
     if not integer:
-        return {}
+        return {}, False
 
     def by_component(kept: frozenset[str]) -> dict[str, frozenset[str]]:
         return {
@@ -238,10 +248,11 @@ def _kept_in_float(
         say("quantizing", note)
 
     found = search(ranking, evaluate, judge.limit, tell)
-    if not judge.limit.holds(evaluate(found.kept, thorough=True)):
+    judged = judge.limit.holds(evaluate(found.kept, thorough=True))
+    if not judged:
         tell("not enough on all inputs; searching once more with them")
         found = search(ranking, lambda kept: evaluate(kept, thorough=True), judge.limit, tell)
-    return by_component(found.kept)
+    return by_component(found.kept), judged
 
 
 def _id(work: _Work, layer: Layer) -> str:

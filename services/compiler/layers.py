@@ -4,7 +4,7 @@ import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import onnx
@@ -48,6 +48,8 @@ def save(model: onnx.ModelProto, file: Path) -> None:
     if sum(initializer_bytes(tensor) for tensor in model.graph.initializer) <= _INLINE_BYTES_MOST:
         onnx.save(model, str(file))
         return
+    # onnx writes behind what is there.
+    file.with_name(f"{file.name}.data").unlink(missing_ok=True)
     onnx.save(
         model,
         str(file),
@@ -90,7 +92,7 @@ def find_layers(model: onnx.ModelProto) -> list[Layer]:
             continue
         axis = _channel_axis(node, len(shape))
         if axis is not None:
-            layers.append(Layer(node.name, node.op_type, name, axis, int(np.prod(shape))))
+            layers.append(Layer(node.name, cast(Operator, node.op_type), name, axis, int(np.prod(shape))))
     return layers
 
 

@@ -187,7 +187,7 @@ def _pack_for_products(
             wide, centred, column = (f"{layer.weight}_{suffix}" for suffix in ("cast", "centred", "scale_column"))
             shape = [1] * weight.ndim
             shape[layer.channel_axis] = -1
-            model.graph.initializer.append(numpy_helper.from_array(np.float32(128), f"{layer.weight}_centre"))
+            model.graph.initializer.append(numpy_helper.from_array(np.array(128, np.float32), f"{layer.weight}_centre"))
             model.graph.initializer.append(numpy_helper.from_array(np.array(shape), f"{column}_shape"))
             before += [
                 helper.make_node("Cast", [packed], [wide], f"{layer.name}/unpack", to=TensorProto.FLOAT),
@@ -226,6 +226,8 @@ def _between_ranges(model: onnx.ModelProto, layers: Sequence[Layer], calibration
         source, target = Path(scratch) / "source.onnx", Path(scratch) / "target.onnx"
         # Inferred anew by the library; what an exporter noted of shapes only contradicts it.
         del model.graph.value_info[:]
+        # Simplified already; without this mark the library asks for it.
+        model.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
         save(model, source)
         try:
             quantize_static(

@@ -12,11 +12,13 @@ int8_static       nncf.quantize on calibration inputs; what that leaves in float
 int4_weight_only  nncf.compress_weights of linear layers, symmetric; everything else as in int8_weight_only.
 """
 
+import contextlib
+import io
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import onnx
 
@@ -60,13 +62,13 @@ def write(
         rest = [layer for layer in layers if layer not in computed]
         if not calibration:
             raise BuildError("int8_static needs inputs to calibrate on, and there are none for this graph")
-        converted = _between_ranges(
-            _converted(quantize_onnx.quantize(model, "int8_weight_only", rest)), computed, calibration
-        )
+        converted = _converted(quantize_onnx.quantize(model, "int8_weight_only", rest))
+        converted = _between_ranges(converted, _names(converted, model, computed), calibration)
     else:
         linear = [layer for layer in layers if layer.operator == "MatMul"]
         rest = [layer for layer in layers if layer not in linear]
-        converted = _four_bits(_converted(quantize_onnx.quantize(model, "int8_weight_only", rest)), linear)
+        converted = _converted(quantize_onnx.quantize(model, "int8_weight_only", rest))
+        converted = _four_bits(converted, _names(converted, model, linear))
     try:
         openvino.save_model(converted, file, compress_to_fp16=compress)
     except RuntimeError as error:
@@ -87,63 +89,74 @@ def _converted(model: onnx.ModelProto) -> "openvino.Model":
         return converted.clone()
 
 
-def _between_ranges(
-    model: "openvino.Model", layers: Sequence[Layer], calibration: quantize_onnx.Feeds
-) -> "openvino.Model":
-    if not layers:
+def _between_ranges(model: "openvino.Model", names: set[str], calibration: quantize_onnx.Feeds) -> "openvino.Model":
+    if not names:
         return model
-    nncf = _nncf()
-    names = _names(model, layers)
+    import nncf
+
     others = _others(model, names)
     data = nncf.Dataset([{name: tensor.numpy() for name, tensor in feed.items()} for feed in calibration])
     try:
-        return nncf.quantize(
-            model,
-            data,
-            subset_size=len(calibration),
-            # Attention is kept from being computed in 8 bits, and activations are asymmetric.
-            model_type=nncf.ModelType.TRANSFORMER,
-            ignored_scope=nncf.IgnoredScope(names=others, validate=False),
-        )
+        with _silent():
+            return nncf.quantize(
+                model,
+                data,
+                subset_size=len(calibration),
+                # Attention is kept from being computed in 8 bits, and activations are asymmetric.
+                model_type=nncf.ModelType.TRANSFORMER,
+                ignored_scope=nncf.IgnoredScope(names=others, validate=False),
+            )
     except Exception as error:  # the library raises whatever it met
         raise BuildError(f"int8_static: nncf.quantize failed: {_first_line(error)}") from error
 
 
-def _four_bits(model: "openvino.Model", layers: Sequence[Layer]) -> "openvino.Model":
-    if not layers:
+def _four_bits(model: "openvino.Model", names: set[str]) -> "openvino.Model":
+    if not names:
         return model
-    nncf = _nncf()
-    names = _names(model, layers)
+    import nncf
+
     try:
-        return nncf.compress_weights(
-            model,
-            mode=nncf.CompressWeightsMode.INT4_SYM,
-            group_size=_INT4_GROUP,
-            ratio=1.0,
-            all_layers=True,
-            ignored_scope=nncf.IgnoredScope(names=_others(model, names), validate=False),
-            advanced_parameters=nncf.AdvancedCompressionParameters(
-                group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST
-            ),
-        )
+        with _silent():
+            return nncf.compress_weights(
+                model,
+                mode=nncf.CompressWeightsMode.INT4_SYM,
+                group_size=_INT4_GROUP,
+                ratio=1.0,
+                all_layers=True,
+                ignored_scope=nncf.IgnoredScope(names=_others(model, names), validate=False),
+                advanced_parameters=nncf.AdvancedCompressionParameters(
+                    group_size_fallback_mode=nncf.GroupSizeFallbackMode.ADJUST
+                ),
+            )
     except Exception as error:  # the library raises whatever it met
         raise BuildError(f"int4_weight_only: nncf.compress_weights failed: {_first_line(error)}") from error
 
 
-def _nncf() -> Any:
-    import nncf
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Without the progress bars and tables that nncf prints: standard output is the process's own to write to."""
+    logger = logging.getLogger("nncf")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
 
-    logging.getLogger("nncf").setLevel(logging.ERROR)
-    return nncf
 
+def _names(model: "openvino.Model", source: onnx.ModelProto, layers: Sequence[Layer]) -> set[str]:
+    """What OpenVINO calls the nodes of these layers of the ONNX graph.
 
-def _names(model: "openvino.Model", layers: Sequence[Layer]) -> set[str]:
-    """What OpenVINO calls the nodes of these layers: as ONNX does, but for convolutions with a bias."""
+    As ONNX does, but for convolutions with a bias, and nodes that make an output of the graph, called after it.
+    """
     there = {operation.get_friendly_name() for operation in model.get_ops()}
+    outputs = {output.name for output in source.graph.output}
+    answers = {node.name: set(node.output) & outputs for node in source.graph.node}
     found: set[str] = set()
     missing = []
     for layer in layers:
-        names = {layer.name, f"{layer.name}/WithoutBiases"} & there
+        names = {layer.name, f"{layer.name}/WithoutBiases", *answers[layer.name]} & there
         if not names:
             missing.append(layer.name)
         found |= names

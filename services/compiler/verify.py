@@ -90,8 +90,9 @@ def verify_graph(
 ) -> tuple[list[Check], tuple[Axis, ...]]:
     """Run a built graph at the corners of its axes against the torch module.
 
-    session: of the built graph. sizes: of the exported one; None to look at its file. The axes that come back are those that were verified: a largest size that does not fit
-    into memory is lowered, and `say` told. Raises VerificationError.
+    session: of the built graph. sizes: of the exported one; None to look at its file. The axes that come back are those
+    that were verified: a largest size that does not fit into memory is lowered, and `say` told. Raises
+    VerificationError.
     """
     tolerance = TOLERANCES[precision]
     measured = sizes or Sizes(graph)
@@ -117,13 +118,13 @@ def verify_graph(
         for name, tensor in right.items():
             if name not in found:
                 raise VerificationError(f"{graph.component} has no output {name}")
-            error = error_of(tensor, found[name], tolerance.measure)
-            if not error <= tolerance.limit:
+            off = error_of(tensor, found[name], tolerance.measure)
+            if not off <= tolerance.limit:
                 raise VerificationError(
-                    f"{graph.component}: {tolerance.measure} error of {name} at {_told(corner)} is {error:.3g} of its"
+                    f"{graph.component}: {tolerance.measure} error of {name} at {_told(corner)} is {off:.3g} of its"
                     f" size; at most {tolerance.limit:g} is allowed for {precision}{_shapes(tensor, found[name])}"
                 )
-            worst = max(worst, error)
+            worst = max(worst, off)
     if left_out:
         say(f"{graph.component}: {left_out} of {len(corners)} corners left out: too large for memory or time here")
     return [
@@ -158,8 +159,11 @@ class Sizes:
     def __init__(self, graph: ExportedGraph) -> None:
         self._graph = graph
         self._model = onnx.load(graph.file, load_external_data=False)
+        # They are there once, whatever the sizes.
+        self._weights = {tensor.name for tensor in self._model.graph.initializer}
         _drop_large(self._model)
         self._known: dict[tuple[tuple[str, int], ...], int] = {}
+
     def lowered(self, axis: Axis, most: int, say: Callable[[str], None]) -> Axis:
         """The axis with a largest size that fits into so many bytes, the others at their smallest."""
         others = {other.name: other.low for other in self._graph.axes}
@@ -190,6 +194,8 @@ class Sizes:
                     dimension.dim_value = corner[dimension.dim_param]
         inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
         sizes = {value.name: _value_bytes(value) for value in [*inferred.input, *inferred.value_info, *inferred.output]}
+        for name in self._weights:
+            sizes[name] = 0
         ends = sum(sizes[value.name] for value in [*model.graph.input, *model.graph.output])
         largest = max(
             (sum(sizes.get(name, 0) for name in {*node.input, *node.output}) for node in model.graph.node), default=0

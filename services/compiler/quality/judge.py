@@ -27,8 +27,8 @@ class Judge(Protocol):
     def value(self, sessions: Sessions, *, thorough: bool) -> float:
         """How good a built model is. thorough: on all that there is, else on a part."""
 
-    def checks(self, sessions: Sessions) -> tuple[list[Check], list[Measured]]:
-        """What the manifest says of the finished model, all of it measured."""
+    def checks(self) -> tuple[list[Check], list[Measured]]:
+        """What the manifest says of the model that was last judged thoroughly."""
 
     def speed_pair(self, sessions: Sessions) -> tuple[Callable[[], object], Callable[[], object]]:
         """One piece of work on torch in float32 as it is served, and the same on these sessions."""
@@ -40,6 +40,8 @@ def judge_of(exported: Exported, checkpoint: Path, request: CompileRequest) -> J
         from services.compiler.quality.text_judge import TextJudge
 
         return TextJudge(exported, checkpoint, request)
-    from services.compiler.quality.picture_judge import PictureJudge
+    from services.compiler.quality.picture_judge import OutputJudge, PictureJudge
 
+    if {graph.component for graph in exported.graphs} == {"controlnet"}:
+        return OutputJudge(exported)
     return PictureJudge(exported, checkpoint, request)

@@ -35,6 +35,7 @@ class TextJudge:
             else Limit("rise of the character error rate", request.budget.character_error_rate, False)
         )
         self._texts: list[str] = []
+        self._last: list[str] = []
 
     def watch(self, sessions: Sessions) -> None:
         """See Judge."""
@@ -55,13 +56,15 @@ class TextJudge:
             chosen = [chosen[number * len(chosen) // _SEARCH_LINES] for number in range(_SEARCH_LINES)]
         lines, right = [line for line, _ in chosen], [text for _, text in chosen]
         texts = self._reader.read(self._reader.networks(sessions), lines)
+        if thorough:
+            self._last = texts
         if self._exact:
             return sum(text != expected for text, expected in zip(texts, right, strict=True))
         return character_error_rate(texts, lines) - character_error_rate(right, lines)
 
-    def checks(self, sessions: Sessions) -> tuple[list[Check], list[Measured]]:
+    def checks(self) -> tuple[list[Check], list[Measured]]:
         """See Judge."""
-        texts = self._reader.read(self._reader.networks(sessions), self._lines)
+        texts = self._last
         before, after = character_error_rate(self._texts, self._lines), character_error_rate(texts, self._lines)
         equal = sum(text == right for text, right in zip(texts, self._texts, strict=True))
         value = len(texts) - equal if self._exact else after - before
