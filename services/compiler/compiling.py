@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import psutil
 import structlog
 
+from inkwell.compiler.v1 import compiler_pb2
 from services.compiler import converters
 from services.compiler.domain import CompileJob, CompileProgress, CompileRequest, CompileResult
 from services.compiler.settings import Settings
@@ -17,8 +18,8 @@ from services.kit.child import Limits, run_child
 from services.kit.metrics import Metrics
 from services.kit.operations import Kind, Operation, Operations, Progress, Running, Say, Started
 from services.runtimes.artifacts.errors import StoreError
-from services.runtimes.artifacts.manifest import RUNTIME_OF, ArtifactPrecision, Target
-from services.runtimes.artifacts.store import Store
+from services.runtimes.artifacts.manifest import RUNTIME_OF, ArtifactPrecision, Target, decode
+from services.runtimes.artifacts.store import Store, Stored
 
 log = structlog.get_logger(__name__)
 
@@ -55,7 +56,7 @@ class Compiler:
             response=CompileResult,
             work=self._work,
             metadata_message=converters.to_metadata,
-            response_message=lambda result: converters.to_artifact(self.store.get(result.artifact_id), in_use=False),
+            response_message=_to_artifact,
         )
         self.operations = Operations("compiler", self.settings, [kind], metrics=self.metrics)
 
@@ -138,3 +139,9 @@ class Compiler:
                         deleted=[stored.id for stored in collected.deleted],
                         freed_bytes=collected.freed_bytes,
                     )
+
+
+def _to_artifact(result: CompileResult) -> compiler_pb2.Artifact:
+    content = result.manifest_json.encode()
+    # When it was published is not told, so it does not matter here.
+    return converters.to_artifact(Stored(result.artifact_id, decode(content), content, 0.0), in_use=False)

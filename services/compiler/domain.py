@@ -55,6 +55,11 @@ class CompileJob(msgspec.Struct, frozen=True):
 
 
 class CompileResult(msgspec.Struct, frozen=True):
-    """The artifact that came of it, or that there was already."""
+    """The artifact that came of it, or that there was already.
+
+    manifest_json: kept with the operation, so that what came of it can be told even when the store is away, or the
+    artifact deleted.
+    """
 
     artifact_id: str
+    manifest_json: str

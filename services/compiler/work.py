@@ -25,7 +25,7 @@ from services.kit.faults import Fault, FaultData
 from services.runtimes.artifacts.digests import digest_of
 from services.runtimes.artifacts.errors import StoreError
 from services.runtimes.artifacts.manifest import FORMAT, ArtifactPrecision, Kind, Manifest, Requires, Target
-from services.runtimes.artifacts.store import Store, open_store
+from services.runtimes.artifacts.store import Store, Stored, open_store
 
 _STAGES: tuple[Stage, ...] = get_args(Stage)
 # Within the artifact: the checkpoint's files but its weights.
@@ -43,12 +43,13 @@ def compile_job(job: CompileJob, folder: Path, tell: Callable[[msgspec.Struct], 
 
     try:
         store = open_store(job.store)
-        return CompileResult(_compile(job, store, folder, say))
+        stored = _compile(job, store, folder, say)
+        return CompileResult(stored.id, stored.manifest_json.decode())
     except StoreError as error:
         raise store_fault(error) from error
 
 
-def _compile(job: CompileJob, store: Store, folder: Path, say: Say) -> str:
+def _compile(job: CompileJob, store: Store, folder: Path, say: Say) -> Stored:
     request = job.request
     if request.target == "tensorrt":
         # Looked for first: exporting takes minutes.
@@ -62,11 +63,11 @@ def _compile(job: CompileJob, store: Store, folder: Path, say: Say) -> str:
     existing = store.find_recipe(recipe)
     if existing is not None:
         say("publishing", f"it is there already: {existing.id[:12]}")
-        return existing.id
+        return existing
     manifest = _make(job, source, kind, folder, say)
     say("publishing", store.location)
     manifest = msgspec.structs.replace(manifest, source_digest=source_digest, recipe=recipe)
-    return store.publish(Path(job.staging), manifest).id
+    return store.publish(Path(job.staging), manifest)
 
 
 def _make(job: CompileJob, source: Path, kind: Kind, folder: Path, say: Say) -> Manifest:
