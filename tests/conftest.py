@@ -1,5 +1,7 @@
 """Fixtures that more than one folder of tests needs."""
 
+import os
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +12,10 @@ from services import local
 # Tests never time things, and an example that took long on a busy machine is no failure.
 settings.register_profile("inkwell", deadline=None)
 settings.load_profile("inkwell")
+
+# A store of this run's own: what its user has compiled would otherwise be what the services run.
+_data = tempfile.TemporaryDirectory(prefix="inkwell-data-", ignore_cleanup_errors=True)
+os.environ["XDG_DATA_HOME"] = _data.name
 
 
 @pytest.fixture(scope="session")
