@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo up down test test-triton lint protos bench eval lock clean
+.PHONY: help demo up down test test-triton lint protos bench eval compile-all lock clean
 
 # Python 3.11 or newer; override with `make demo PYTHON=/path/to/python3`.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -57,6 +57,9 @@ bench: $(VENV)/.installed-dev  ## Measure against what one would pick instead (O
 
 eval: $(VENV)/.installed  ## Compare precisions by error rate, size and speed on DIR (with labels.tsv; default: the samples)
 	@$(RUN) -m services.ocr.compare $(or $(DIR),models/handwriting-tiny/samples) $(ARGS)
+
+compile-all: $(VENV)/.installed  ## Compile both embedded models to ONNX and OpenVINO in three precisions, and compare them
+	@$(RUN) -m services.compiler.compile_all $(ARGS)
 
 lock:  ## Write requirements/*.txt anew from pyproject.toml
 	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" requirements/lock.sh
