@@ -64,8 +64,8 @@ def controls(asked: Asked, model: ModelInfo, settings: Settings, digests: Sequen
                 end=1.0 if control.end is None else control.end,
             )
         )
-    for index, control in enumerate(found):
-        if model.artifact and known[control.model].kind == "t2i_adapter":
+    for index, one in enumerate(found):
+        if model.artifact and known[one.model].kind == "t2i_adapter":
             raise needs_torch(f"controls[{index}].model", model, "a T2I-Adapter")
     if len({known[control.model].kind for control in found}) > 1:
         raise faults.invalid_field("controls", "ControlNets and T2I-Adapters do not go into one call; take one kind")

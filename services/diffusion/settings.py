@@ -142,8 +142,8 @@ class Settings(ServiceSettings):
     runtime: Literal["auto"] | Runtime = Field(
         "auto",
         description="what computes the models: torch, or onnxruntime, openvino, tensorrt or triton from an artifact"
-        " that the compiler made of the model; auto takes the artifact that `inkwell use` chose, else the fastest that was"
-        " measured to be faster than torch on such hardware, else torch",
+        " that the compiler made of the model; auto takes the artifact that `inkwell use` chose, else the fastest"
+        " that was measured to be faster than torch on such hardware, else torch",
     )
     artifact_store: str = Field(
         "",

@@ -5,7 +5,7 @@ graph. Tokenizers, schedulers, small autoencoders for previews and safety checke
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -56,19 +56,19 @@ def export(
     out: Path,
     say: Callable[[str], None],
     *,
-    config: str | None = None,
     max_side_px: int = 0,
     max_batch_size: int = ROWS_MOST,
+    only: Collection[str] | None = None,
 ) -> Exported:
     """Write one ONNX file a network of the checkpoint into the folder `out`.
 
-    folder: a diffusers folder, a ControlNet's folder, or a .safetensors file; config: for the latter, as in
-    diffusion_sources.find. max_side_px: largest side of a picture that is verified; 0 for the model's own size.
+    folder: a diffusers folder, or that of a ControlNet. max_side_px: largest side of a picture that is verified; 0 for
+    the model's own size. max_batch_size: rows likewise, up to ROWS_MOST. only: components to export; None for all.
     Raises ModelError for what is no such checkpoint, ExportError for what cannot be exported, OSError.
     """
     if not (folder / diffusion_sources.INDEX).is_file() and (folder / "config.json").is_file():
         return _export_controlnet(folder, out, say, max_side_px, max_batch_size)
-    source = diffusion_sources.find(str(folder), config)
+    source = diffusion_sources.find(str(folder))
     pipeline = torch_diffusion.load(source, torch.float32, _CPU)
     for part in _modules(pipeline).values():
         part.requires_grad_(False)
@@ -79,6 +79,7 @@ def export(
     graphs = [
         _write(component, network, feeds, axes, out, say)
         for component, network, feeds, axes in _components(pipeline, example, sides, rows)
+        if only is None or component in only
     ]
     return Exported(
         kind="diffusion",

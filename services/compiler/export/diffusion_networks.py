@@ -203,7 +203,8 @@ class SD3Transformer(Network):
         grid = table.pos_embed.reshape(most, most, -1)
         grid = grid.index_select(0, (most - rows) // 2 + torch.arange(rows))
         grid = grid.index_select(1, (most - columns) // 2 + torch.arange(columns))
-        return grid.reshape(1, rows * columns, -1)
+        places: Tensor = grid.reshape(1, rows * columns, -1)
+        return places
 
 
 class FluxTransformer(Network):
