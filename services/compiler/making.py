@@ -16,6 +16,7 @@ from services.compiler.quality.lines import LinesError
 from services.compiler.quality.prompts import PromptsError
 from services.compiler.search import BudgetError
 from services.compiler.targets import tensorrt, tensorrt_machine, triton
+from services.compiler.targets.tensorrt_int8 import to_signed
 from services.compiler.verify import VerificationError, verify_graph
 from services.kit import faults
 from services.runtimes.artifacts.manifest import ArtifactPrecision, Check, Graph, Kind, Measured
@@ -120,7 +121,11 @@ def _engines(
     for graph in graphs:
         precision = _precision(request, graph)
         machine = tensorrt_machine.require(precision)
-        plan = tensorrt.plan(graph.component, folder / graph.file, graph.inputs, graph.axes, precision, machine)
+        source = folder / graph.file
+        if precision == "int8_static":
+            source = source.with_suffix(".signed.onnx")
+            to_signed(folder / graph.file, source)
+        plan = tensorrt.plan(graph.component, source, graph.inputs, graph.axes, precision, machine)
         engine = staging / f"{graph.component}.plan"
         engine.with_suffix(".report.txt").write_text(tensorrt.report(plan, engine) + "\n")
         tensorrt.build(plan, engine, say=lambda text: say("building", text))
