@@ -132,7 +132,7 @@ def test_this_machine_can_be_asked() -> None:
     ],
 )
 def test_what_cannot_be_computed_is_refused_with_what_can(
-    monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, wanted: Precision, can: Abilities, message: str
+    monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, wanted: precision.Precision, can: Abilities, message: str
 ) -> None:
     monkeypatch.setattr(precision, "abilities", lambda _: can)
     with pytest.raises(CheckpointError, match=message):
