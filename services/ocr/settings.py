@@ -84,6 +84,12 @@ class Settings(ServiceSettings):
         "auto", description='torch device, such as "cpu" or "cuda:1"; auto takes the best there is', min_length=1
     )
     threads: int = Field(0, ge=0, description="CPU threads of the engine; 0 takes one a core")
+    torch_compile: Literal["off", "on"] = Field(
+        "off",
+        description="on: what torch runs is tuned for speed over repeatable last bits: the encoder by torch.compile,"
+        " which takes about a minute at the start and needs a C++ compiler on the machine; kernels chosen by trial and"
+        " TF32 on GPUs. 8-bit precisions and artifacts are left as they are",
+    )
 
     max_rows: int = Field(64, ge=BEAM_WIDTH_MOST, description="decoder rows (a beam is one) that share a step, a model")
     max_jobs: int = Field(32, ge=1, description="calls the engine is given at a time; the rest waits in the queue")

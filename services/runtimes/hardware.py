@@ -56,11 +56,22 @@ def free_memory(device: str) -> int:
 
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
+    if device.startswith("xpu"):
+        import torch
+
+        free, _ = torch.xpu.mem_get_info(device)
+        return int(free)
     free = int(psutil.virtual_memory().available)
     try:
         # Control groups version 2, as containers see their own.
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
         used = Path("/sys/fs/cgroup/memory.current").read_text().strip()
-        return free if limit == "max" else max(0, min(free, int(limit) - int(used)))
+        free = free if limit == "max" else max(0, min(free, int(limit) - int(used)))
     except (OSError, ValueError):
-        return free
+        pass
+    if device.startswith("mps"):
+        import torch
+
+        # Of the machine's memory, what Metal lets a GPU have; more would be swapped (on_mps.py).
+        free = min(free, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    return max(0, free)

@@ -41,7 +41,7 @@ def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
     run = inductor.compiled(forward, mode="reduce-overhead")
 
     def replayed(*args: Any, **kwargs: Any) -> Any:
-        torch.compiler.cudagraph_mark_step_begin()
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         # The next replay writes to the same memory, and pictures that are painted in turns keep their results.
         return _pytree.tree_map_only(Tensor, Tensor.clone, run(*args, **kwargs))
 

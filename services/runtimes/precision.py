@@ -2,16 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
-from transformers import VisionEncoderDecoderModel
 
 from services.runtimes import int8
 from services.runtimes.checkpoints import CheckpointError
 from services.runtimes.hardware import Hardware
 from services.runtimes.int8 import InputRange, Int8Layer, Int8Weight
+
+if TYPE_CHECKING:
+    # It takes seconds to import, and who opens graphs asks for `of_cpu` alone.
+    from transformers import VisionEncoderDecoderModel
 
 # services.ocr.domain names the same ones: a front process knows them without importing torch.
 Precision = Literal["float32", "bfloat16", "float16", "int8_dynamic", "int8_weight_only", "int8_static"]
@@ -111,14 +114,14 @@ def refusal(precision: Precision, hardware: Hardware) -> str:
     return f"{why}; use {instead}" if why else ""
 
 
-def attach(model: VisionEncoderDecoderModel, stored: StoredInt8) -> None:
+def attach(model: "VisionEncoderDecoderModel", stored: StoredInt8) -> None:
     """Give a model loaded from an int8 folder what apply_precision needs; its own weights are the rounded ones."""
     setattr(model, _STORED, stored)
 
 
 def apply_precision(
-    model: VisionEncoderDecoderModel, precision: Precision, hardware: Hardware
-) -> VisionEncoderDecoderModel:
+    model: "VisionEncoderDecoderModel", precision: Precision, hardware: Hardware
+) -> "VisionEncoderDecoderModel":
     """The float32 model, on the CPU, with its weights in that precision; the model given is changed.
 
     Raises CheckpointError when the hardware cannot compute so, or for "int8_static" when the model comes from a folder

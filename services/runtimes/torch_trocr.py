@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import TrOCRForCausalLM, VisionEncoderDecoderModel
 
-from services.runtimes import int8_folder
+from services.runtimes import int8_folder, tuning
 from services.runtimes.checkpoints import CheckpointError, read_config, require_weights
 from services.runtimes.hardware import Hardware
 from services.runtimes.precision import Precision, apply_precision, parameter_count, refusal, weight_bytes
@@ -97,8 +97,11 @@ class TrocrModel:
     reads_whole_past = False
     row_limit = image_limit = sys.maxsize
 
-    def __init__(self, model: VisionEncoderDecoderModel) -> None:
+    def __init__(self, model: VisionEncoderDecoderModel, *, compile_for: Hardware | None = None) -> None:
         """Takes the model over: on a processor its linear layers are replaced by faster ones.
+
+        compile_for: hardware that torch.compile makes the encoder faster for; None leaves it eager. The decoder always
+        is: its cache grows with every token.
 
         Raises CheckpointError if the decoder is not TrOCR's.
         """
@@ -117,9 +120,12 @@ class TrocrModel:
         if can_pack(self.device):
             # After apply_precision: what that has quantized stays.
             pack_linears(model.decoder)
-            if packs_many_rows():
+            # torch.compile lays out the weights itself, and does not know packed ones.
+            if packs_many_rows() and compile_for is None:
                 pack_linears(model)
         self._encoder = model.encoder
+        if compile_for is not None:
+            tuning.compile_forward(self._encoder, compile_for)
         self._projection: nn.Module = getattr(model, "enc_to_dec_proj", nn.Identity())
         self._head = model.decoder.output_projection
         decoder = model.decoder.model.decoder

@@ -78,7 +78,5 @@ def compile_forward(module: nn.Module, hardware: Hardware) -> None:
     require_compiler(hardware)
     forward = module.forward
     # functools: libraries ask a module's forward for its parameters' names.
-    module.forward = functools.wraps(forward)(  # type: ignore[method-assign]
-        _BY_LABEL[hardware.label].compiled(forward)
-    )
+    module.forward = functools.wraps(forward)(_BY_LABEL[hardware.label].compiled(forward))
     log.info("%s is compiled at its first call of each shape", type(module).__name__)

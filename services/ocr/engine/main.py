@@ -13,8 +13,10 @@ from services.ocr.domain import EmbedJob, EngineInfo, LayoutJob, LoadJob, ReadJo
 from services.ocr.engine.layout import Detector, DetectorMissing
 from services.ocr.engine.pages import Pages
 from services.ocr.engine.shelf import Shelf
+from services.ocr.engine.sources import on_device
 from services.ocr.engine.turns import Turns
 from services.ocr.settings import MEMORY_SHARE, Settings
+from services.runtimes import tuning
 from services.runtimes.checkpoints import CheckpointError
 from services.runtimes.hardware import detect, free_memory
 
@@ -83,6 +85,7 @@ def create_engine(settings_json: str) -> OcrEngine:
     hardware = detect()
     threads = settings.threads or hardware.core_count
     torch.set_num_threads(threads)
+    tuning.start(on_device(hardware, settings), settings.torch_compile)
     device = hardware.device if settings.device == "auto" else settings.device
     limit = settings.memory_limit_bytes or int(MEMORY_SHARE * free_memory(device))
     shelf = Shelf(settings, hardware, limit)

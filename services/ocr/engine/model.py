@@ -135,7 +135,11 @@ def load(name: str, folder: Path, *, source: Source, settings: Settings, hardwar
     return _reading(
         name,
         folder,
-        networks=torch_trocr.TrocrModel(model),
+        # Layers of 8 bits are kernels of their own already.
+        networks=torch_trocr.TrocrModel(
+            model,
+            compile_for=where if settings.torch_compile == "on" and not source.precision.startswith("int8") else None,
+        ),
         generation=model.generation_config,
         weights_sha256=None,
         source=source,
