@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from openvino import convert_model, save_model  # type: ignore[import-untyped]
+from openvino import convert_model, save_model
 
 from services.compiler.export import diffusion
 from services.compiler.export.exported import Exported

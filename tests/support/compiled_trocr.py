@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import onnx
-from openvino import convert_model, save_model  # type: ignore[import-untyped]
+from openvino import convert_model, save_model
 
 from services.compiler.export import trocr
 from services.compiler.export.exported import Exported

@@ -11,7 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 
 from services.compiler.export import diffusion
-from services.compiler.export.exported import ExportedGraph, ExportError
+from services.compiler.export.exported import Exported, ExportedGraph, ExportError
 from services.runtimes import diffusion_graphs as names
 from services.runtimes.artifacts.manifest import Axis
 from tests.support import compiled_diffusion, diffusion_families
@@ -72,7 +72,7 @@ def test_every_familys_networks_are_those_of_torch(tmp_path: Path, family: str) 
 
 
 class TestTheTinyModel:
-    def made(self) -> diffusion.Exported:
+    def made(self) -> Exported:
         return compiled_diffusion.compiled(compiled_diffusion.tiny).made
 
     def test_has_a_graph_a_network(self) -> None:

@@ -57,7 +57,7 @@ def engine(runtime: str, embedding: Path) -> DiffusionEngine:
         controls={"lines": ControlSettings(source=str(of_control.folder))},
         loras={},
         embeddings={"sparkle": AdapterSettings(source=str(embedding))},
-        runtime=runtime,  # type: ignore[arg-type]
+        runtime=runtime,
         artifact_store=of_model.store.location,
         threads=1,
     )
