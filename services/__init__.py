@@ -1,6 +1,7 @@
 """Inkwell's services. Settings of native libraries that must stand before they are first loaded are made here."""
 
 import os
+import sys
 
 # gRPC: its own lines on standard error are no JSON; what matters of them shows in statuses, health and metrics.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
@@ -12,3 +13,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
 # tenth of a decoding step of TrOCR-base. About a quarter of a millisecond bridges the gaps between two parts.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "8000")
+
+# OpenVINO and NNCF report to their makers what they are used for, unless this package cannot be imported: nothing that
+# is done here is anybody else's business.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
