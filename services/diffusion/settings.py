@@ -150,7 +150,14 @@ class Settings(ServiceSettings):
         description="where the compiler keeps artifacts: a folder, or s3://bucket/prefix; empty for"
         " ~/.local/share/inkwell/artifacts",
     )
-    triton_address: str = Field("", description="host:port of the Triton server, for the runtime triton")
+    triton_address: str = Field(
+        "", description="host:port of a Triton server's gRPC, grpcs://host:port with TLS, for the runtime triton"
+    )
+    triton_timeout_s: float = Field(60.0, gt=0, description="seconds that one call of a graph on Triton may take")
+    triton_shared_memory: bool = Field(
+        False,
+        description="pass tensors to Triton through /dev/shm; the server has to run on this host, as the same user",
+    )
     threads: int = Field(
         0, ge=0, description="CPU threads of one model evaluation; 0 leaves it to torch. Bytes repeat per thread count"
     )

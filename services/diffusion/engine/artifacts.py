@@ -99,6 +99,8 @@ def hold(stored: Stored, settings: Settings, hardware: Hardware, holder: str) ->
             allow_16_bit=stored.manifest.precision in ("bfloat16", "float16"),
             cache_folder=cache_folder() / "sessions",
             triton_address=settings.triton_address,
+            triton_timeout_s=settings.triton_timeout_s,
+            triton_shared_memory=settings.triton_shared_memory,
         )
         return InUse(stored, store.local_folder(stored.id), options, closing.pop_all())
 
