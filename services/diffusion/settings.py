@@ -164,7 +164,7 @@ class Settings(ServiceSettings):
     torch_compile: Literal["off", "on"] = Field(
         "off",
         description="on: what torch runs is tuned for speed over repeatable last bits: the denoiser by torch.compile,"
-        " which takes about a minute at the first picture of each size and needs a C++ compiler on the machine, CUDA"
+        " which compiles at the first picture of each size and needs a C++ compiler on the machine, CUDA"
         " graphs, kernels chosen by trial and TF32 on GPUs. Artifacts are left as they are",
     )
     max_concurrent_calls: int = Field(4, ge=1, description="calls painted at the same time, step by step in turn")

@@ -87,7 +87,7 @@ class Settings(ServiceSettings):
     torch_compile: Literal["off", "on"] = Field(
         "off",
         description="on: what torch runs is tuned for speed over repeatable last bits: the encoder by torch.compile,"
-        " which takes about a minute at the start and needs a C++ compiler on the machine; kernels chosen by trial and"
+        " which compiles at the start and needs a C++ compiler on the machine; kernels chosen by trial and"
         " TF32 on GPUs. 8-bit precisions and artifacts are left as they are",
     )
 
