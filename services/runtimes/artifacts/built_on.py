@@ -34,7 +34,7 @@ _DISTRIBUTIONS: dict[str, tuple[str, ...]] = {
 }
 # What a runtime is imported from, and the extra of this project that installs it.
 _PACKAGE: dict[RuntimeName, tuple[str, str]] = {
-    "onnxruntime": ("onnxruntime", "engine"),
+    "onnxruntime": ("onnxruntime", "cpu"),
     "openvino": ("openvino", "openvino"),
     "tensorrt": ("tensorrt", "tensorrt"),
     "triton": ("tritonclient", "triton"),
