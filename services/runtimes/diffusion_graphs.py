@@ -36,9 +36,9 @@ img_ids float32 [patches, 3], txt_ids float32 [tokens, 3] -> prediction like hid
                 [batch, channels, 8 * height, 8 * width] in 0 to 1 -> down_residual_i, mid_residual, of strength 1
 
 Residuals are inputs of every unet though most evaluations have none, since ONNX knows no optional inputs and a second
-graph would hold the weights twice. Adding zeros costs a unet of Stable Diffusion 1.5 half a percent of its time. For
-transformers it would not: Flux has 57 residuals of a whole hidden state, gigabytes of zeros; so compiled transformers
-go without ControlNets.
+graph would hold the weights twice. Adding zeros to two rows of Stable Diffusion 1.5 at 512x512 took 0.03 % of the
+unet's time on a CPU, and the zeros take some 55 MB. For transformers it would not be cheap: Flux has 57 residuals of a
+whole hidden state, gigabytes of zeros; so compiled transformers go without ControlNets.
 """
 
 from collections.abc import Mapping
