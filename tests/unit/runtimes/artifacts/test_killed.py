@@ -1,5 +1,6 @@
 """Processes killed in the middle: at file operations, and at requests to S3, chosen by a seed."""
 
+import itertools
 import multiprocessing
 import os
 import random
@@ -53,19 +54,17 @@ def hold(store: Store) -> None:
 def work_and_die(location: str, work: Work, at: int, variables: dict[str, str], told: Any) -> None:
     """In a process of its own: does the work, and dies at its `at`-th operation on files; 0 to live and count them."""
     os.environ.update(variables)
-    count = 0
+    # Threads count too, and none may be lost; the first is 1.
+    count = itertools.count(1)
 
     def operation(event: str, _: object) -> None:
-        nonlocal count
-        if event in _OPERATIONS:
-            count += 1
-            if count == at:
-                os.kill(os.getpid(), signal.SIGKILL)
+        if event in _OPERATIONS and next(count) == at:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     store = open_store(location)
     sys.addaudithook(operation)
     work(store)
-    told.send(count)
+    told.send(next(count) - 1)
 
 
 @pytest.fixture(scope="module")
