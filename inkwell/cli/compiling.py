@@ -14,7 +14,7 @@ from inkwell.aio_operation import AsyncOperation
 from inkwell.cli import report, terminal
 from inkwell.cli.listing import size
 from inkwell.converters.inventory import Service
-from inkwell.errors import Cancelled, InkwellError
+from inkwell.errors import Cancelled, InkwellError, NotFound
 
 # Names of figures that the compiler writes, for the list.
 _SPEED = "speed against torch float32"
@@ -69,12 +69,14 @@ async def compile_model(
         raise
     loaded = await _load(client, artifact, quiet=quiet) if use else None
     if as_json:
-        report.json_line(_plain(artifact) | {"used": loaded is not None})
+        report.json_line(_plain(artifact) | {"used": use})
         return
     report.line(f"{artifact.id}")
     report.note(_summary(artifact))
     if loaded is not None:
         report.note(f"{loaded.name} runs on {loaded.runtime} now; `inkwell use {model}@torch` takes it back")
+    elif use:
+        report.note(f"{model} will run from it when it is next loaded; `inkwell use {model}@torch` takes it back")
 
 
 async def _followed(operation: AsyncOperation[types.Artifact], what: str, *, quiet: bool) -> types.Artifact:
@@ -167,24 +169,36 @@ async def use(client: AsyncClient, model: str, artifact_id: str, *, quiet: bool)
     artifact = await client.use_artifact(model, artifact_id)
     if artifact is not None:
         loaded = await _load(client, artifact, quiet=quiet, chosen=True)
-        report.line(f"{loaded.name} runs on {loaded.runtime}, artifact {artifact.id[:12]}")
+        what = f"runs on {loaded.runtime}, " if loaded is not None else "will run, when it is next loaded, from "
+        report.line(f"{model} {what}artifact {artifact.id[:12]}")
         return
     kinds = {known.name: known.kind for known in (await client.targets()).models}
     service = _SERVICES.get(kinds.get(model, ""), "ocr")
     runtime = "torch" if artifact_id == "torch" else ""
     with terminal.live(quiet=quiet) as live:
         live.update(terminal.status(f"{model}: loading"))
-        back = await client.load_model(model, service=service, runtime=runtime, timeout_s=None)
+        try:
+            back = await client.load_model(model, service=service, runtime=runtime, timeout_s=None)
+        except NotFound:
+            # No model of its own, such as a ControlNet: it is read anew when a call next names it.
+            report.line(f"{model}: chosen; it holds from the next time that it is loaded")
+            return
     report.line(f"{back.name} runs on {back.runtime}")
 
 
-async def _load(client: AsyncClient, artifact: types.Artifact, *, quiet: bool, chosen: bool = False) -> types.Model:
+async def _load(
+    client: AsyncClient, artifact: types.Artifact, *, quiet: bool, chosen: bool = False
+) -> types.Model | None:
+    """None for what is no model of its own, such as a ControlNet: it is read when a call first names it."""
     if not chosen:
         await client.use_artifact(artifact.model, artifact.id)
     service = _SERVICES[artifact.kind]
     with terminal.live(quiet=quiet) as live:
         live.update(terminal.status(f"{artifact.model}: loading artifact {artifact.id[:12]}"))
-        return await client.load_model(artifact.model, service=service, artifact=artifact.id, timeout_s=None)
+        try:
+            return await client.load_model(artifact.model, service=service, artifact=artifact.id, timeout_s=None)
+        except NotFound:
+            return None
 
 
 def _plain(artifact: types.Artifact) -> dict[str, Any]:

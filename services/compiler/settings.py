@@ -9,7 +9,8 @@ from services.kit.operations import OperationsSettings
 from services.kit.settings import MIB
 
 _MODELS = Path(__file__).resolve().parents[2] / "models"
-_EMBEDDED = ("handwriting-tiny", "emoji-tiny", "emoji-tiny-edges")
+# Under the names that the services know them by.
+_EMBEDDED = {"handwriting-tiny": "handwriting-tiny", "emoji-tiny": "emoji-tiny", "edges": "emoji-tiny-edges"}
 
 
 class Settings(OperationsSettings):
@@ -21,7 +22,7 @@ class Settings(OperationsSettings):
     max_message_bytes: int = Field(1 * MIB, ge=1024, description="largest request message")
 
     models: dict[str, str] = Field(
-        default_factory=lambda: {name: str(_MODELS / name) for name in _EMBEDDED},
+        default_factory=lambda: {name: str(_MODELS / folder) for name, folder in _EMBEDDED.items()},
         min_length=1,
         description="JSON object, name to source: a TrOCR, diffusers or ControlNet folder, or a hub id with its"
         " revision as owner/name@revision. The same names as in the services that run the models",

@@ -13,6 +13,7 @@ import pytest
 import pytest_asyncio
 
 import inkwell
+from inkwell.cli import main
 from inkwell.compiler.v1 import compiler_pb2, compiler_pb2_grpc
 from inkwell.download import MANIFEST
 from services.ocr import __main__ as ocr
@@ -220,6 +221,25 @@ async def test_a_model_is_read_from_what_use_chose(compiled: Compiled) -> None:
             assert not (await client.artifact(artifact.id)).in_use
     finally:
         await server.stop(0)
+
+
+async def test_the_command_line_compiles_lists_shows_and_downloads(
+    compiled: Compiled, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def inkwell_(*words: str) -> str:
+        # It runs an event loop of its own.
+        assert await asyncio.to_thread(main, [*words, "--address", compiled.address]) == 0
+        return capsys.readouterr().out
+
+    artifact = compiled.artifact
+    # Stored already, so it is answered with that. The service's own log lines stand before.
+    assert (await inkwell_("compile", "tiny", "--to", "onnx", "--no-use", "--quiet")).splitlines()[-1] == artifact.id
+    assert "\noperations/compiler/" in "\n" + await inkwell_("compile", "tiny", "--to", "onnx", "--detach")
+    assert artifact.id[:12] in await inkwell_("artifacts", "--model", "tiny", "--to", "onnx", "--precision", "fp32")
+    assert artifact.id[:12] not in await inkwell_("artifacts", "--precision", "int4")
+    assert artifact.checks[0].name in await inkwell_("artifacts", "show", artifact.id[:8])
+    await inkwell_("artifacts", "download", artifact.id[:8], str(tmp_path / "copy"))
+    assert (tmp_path / "copy" / MANIFEST).read_text() == artifact.manifest_json
 
 
 async def test_a_compile_for_missing_hardware_is_refused_at_once(compiled: Compiled) -> None:

@@ -266,6 +266,7 @@ class TestLists:
             prompt_token_limit=14,
             has_preview_autoencoder=True,
             is_default=True,
+            precision="float32",
         )
         assert (other.name, other.is_default, other.has_preview_autoencoder) == ("other", False, False)
 
