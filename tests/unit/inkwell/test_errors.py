@@ -20,6 +20,7 @@ FAULTS = [
     (faults.failed_precondition("NO_HARDWARE", "no cuda here"), inkwell.FailedPrecondition),
     (faults.deadline_too_short("needs 4 s, has 1 s"), inkwell.DeadlineExceeded),
     (faults.internal("a defect"), inkwell.InternalError),
+    (faults.Fault(faults.FaultData(faults.Kind.CANCELLED, "CANCELLED", "somebody cancelled it")), inkwell.Cancelled),
 ]
 
 
