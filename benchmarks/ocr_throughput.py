@@ -3,7 +3,8 @@
 The architecture is TrOCR-base in full with random weights; texts have 8 to 40 tokens, forced. Each round every
 contender reads the same lines on the same cores, one contender after the other; the figures are medians over the rounds
 of lines a second, and of ratios within a round. `generate` has the batch size that a trial before found best. Memory
-is watched with the embedded model, over 2,000 lines.
+is watched with the embedded model, over 2,000 lines. What the compiler makes of the model is compared with `generate`
+one by one, at the precisions that this processor has instructions for.
 
 As a program of its own (`python -m benchmarks.ocr_throughput --help`) it takes fewer lines or rounds, and draws.
 """
@@ -20,7 +21,7 @@ from typing import Any
 
 from transformers import AutoImageProcessor, VisionEncoderDecoderModel
 
-from benchmarks import _chart, _trocr_base
+from benchmarks import _chart, _compiled, _trocr_base
 from benchmarks._bars import Bar, at_least, at_most, print_report
 from benchmarks._contenders import Engine, Generate, served
 from benchmarks._trocr_base import Line
@@ -34,25 +35,58 @@ BATCH_SIZES = (2, 4, 8, 16)
 MEMORY_LINES = 2000
 MEMORY_WARM_UP = 400
 
+CALIBRATION_LINES = 16
+
 ONE_BY_ONE = "generate, one by one"
 ENGINE = "Inkwell, engine without gRPC"
-# What the service can run the model on; each is compared with `generate` in float32.
-RUNTIMES: dict[str, dict[str, Any]] = {"torch float32": {"precision": "float32"}}
+TORCH = "torch float32"
 
 Read = Callable[[Sequence[Line]], list[list[int]]]
 
 
-def run(lines: int = LINES, rounds: int = ROUNDS, figure: Path | None = None) -> dict[str, Bar]:
-    """Ratios of lines a second, and the growth of memory in percent."""
-    bars = _speed(_trocr_base.lines(lines, seed=1), rounds, figure)
+def run(
+    lines: int = LINES,
+    rounds: int = ROUNDS,
+    figure: Path | None = None,
+    store: Path | None = None,
+    *,
+    compiled: bool = True,
+) -> dict[str, Bar]:
+    """Ratios of lines a second, and the growth of memory in percent.
+
+    store: keeps the artifacts from one run to the next. compiled: compare what the compiler makes of the model too,
+    which takes some minutes to make.
+    """
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trocr-base-"))) / "trocr-base"
+        _trocr_base.save(folder, _trocr_base.build())
+        runtimes: dict[str, dict[str, Any]] = {TORCH: {"precision": "float32", "runtime": "torch"}}
+        if compiled:
+            location = str(store or stack.enter_context(tempfile.TemporaryDirectory(prefix="artifacts-")))
+            runtimes |= _compile(str(folder), location)
+        bars = _speed(str(folder), runtimes, _trocr_base.lines(lines, seed=1), rounds, figure)
     bars["memory_growth_percent"] = at_most(_memory_growth(), 3.0)
     return bars
 
 
-def _speed(lines: Sequence[Line], rounds: int, figure: Path | None) -> dict[str, Bar]:
+def _compile(folder: str, location: str) -> dict[str, dict[str, Any]]:
+    """Settings by name of what the service can run compiled models on."""
+    calibration = _trocr_base.lines(CALIBRATION_LINES, seed=2)
+    settings = {}
+    for precision in _compiled.best_precisions():
+        _compiled.compile_model(folder, "openvino", precision, location, calibration)
+        settings[f"OpenVINO {precision}"] = {
+            "runtime": "openvino",
+            "precision": precision,
+            "artifact_store": location,
+        }
+    return settings
+
+
+def _speed(
+    folder: str, runtimes: dict[str, dict[str, Any]], lines: Sequence[Line], rounds: int, figure: Path | None
+) -> dict[str, Bar]:
     with ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="trocr-base-"))
-        _trocr_base.save(Path(folder), _trocr_base.build())
         # Read back as the services read it, so that all compute with the same weights.
         model = VisionEncoderDecoderModel.from_pretrained(folder).eval()
         processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
@@ -63,23 +97,27 @@ def _speed(lines: Sequence[Line], rounds: int, figure: Path | None) -> dict[str,
             ONE_BY_ONE: Generate(model, processor, 1).read,
             batched: Generate(model, processor, best).read,
         }
-        for name, settings in RUNTIMES.items():
+        for name, settings in runtimes.items():
             service = served(_settings(folder, **settings), CALLERS)
             contenders[_served_name(name)] = stack.enter_context(service).read
-        engine = stack.enter_context(closing(Engine(_settings(folder, **RUNTIMES["torch float32"]), CALLERS)))
+        engine = stack.enter_context(closing(Engine(_settings(folder, **runtimes[TORCH]), CALLERS)))
         contenders[ENGINE] = engine.read
 
         rates = _rates(contenders, lines, rounds)
         _print_rates(rates)
         if figure is not None:
             medians = {name: statistics.median(values) for name, values in rates.items()}
-            _chart.draw(figure, "TrOCR-base in float32, lines a second on two cores", medians)
+            _chart.draw(figure, "TrOCR-base, lines a second on two cores", medians)
 
-    served_torch = rates[_served_name("torch float32")]
-    return {
+    served_torch = rates[_served_name(TORCH)]
+    bars = {
         "torch_over_static_batch": at_least(_ratio(served_torch, rates[batched]), 1.3),
         "grpc_over_engine": at_least(_ratio(served_torch, rates[ENGINE]), 0.95),
     }
+    over_one_by_one = [_ratio(rates[_served_name(name)], rates[ONE_BY_ONE]) for name in runtimes if name != TORCH]
+    if over_one_by_one:
+        bars["openvino_over_one_by_one"] = at_least(max(over_one_by_one), 5.5)
+    return bars
 
 
 def _served_name(runtime: str) -> str:
@@ -167,8 +205,13 @@ def main() -> None:
     parser.add_argument("--lines", type=int, default=LINES, help="lines a contender and round")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--figure", type=Path, help="SVG file to draw the lines a second into")
+    parser.add_argument("--store", type=Path, help="folder that keeps compiled models from run to run")
+    parser.add_argument("--no-compiled", action="store_true", help="torch only: compiling takes minutes")
     options = parser.parse_args()
-    print_report("ocr_throughput", run(options.lines, options.rounds, options.figure))
+    print_report(
+        "ocr_throughput",
+        run(options.lines, options.rounds, options.figure, options.store, compiled=not options.no_compiled),
+    )
 
 
 if __name__ == "__main__":
