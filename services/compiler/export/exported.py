@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from services.runtimes.artifacts.manifest import Axis, Kind, Port
@@ -23,7 +24,7 @@ class ExportedGraph:
     """
 
     component: str  # as in manifest.Graph
-    file: Path  # *.onnx; weights beyond 2 GB lie in a file beside it
+    file: Path  # *.onnx; the weights of large graphs lie in a file beside it
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     axes: tuple[Axis, ...]  # every name that stands in a port's shape
@@ -48,3 +49,8 @@ class Exported:
             if graph.component == component:
                 return graph
         raise KeyError(component)
+
+
+def repeated(tensor: Tensor, count: int) -> Tensor:
+    """The first `count` of the tensor's rows, said again from the first when it has fewer."""
+    return tensor[torch.arange(count) % tensor.shape[0]].contiguous()

@@ -20,7 +20,7 @@ from torch.export import Dim
 from torch.nn.functional import embedding
 from transformers import AttentionInterface, AutoImageProcessor, TrOCRForCausalLM, VisionEncoderDecoderModel
 
-from services.compiler.export.exported import Exported, ExportedGraph, ExportError
+from services.compiler.export.exported import Exported, ExportedGraph, ExportError, repeated
 from services.compiler.export.onnx_files import export_module, ports
 from services.runtimes import checkpoints, torch_trocr
 from services.runtimes import trocr_graphs as names
@@ -303,7 +303,7 @@ class _Example:
 
     def pixels(self, images: int) -> Tensor:
         """Preprocessed images float32 [images, channels, height, width]."""
-        return _repeated(self._few_pixels(), images)
+        return repeated(self._few_pixels(), images)
 
     def decoder_arguments(self, sizes: Mapping[str, int]) -> dict[str, Any]:
         """Arguments of Decoder.forward."""
@@ -322,8 +322,8 @@ class _Example:
             names.POSITIONS: positions,
             names.CROSS_GRID: grid,
             names.CROSS_PLACES: (numbers % images) * width + numbers // images % width,
-            "past": [_repeated(tensor[:, :, at], rows) for tensor in few_past],
-            "cross": [_repeated(tensor, images) for tensor in self._few_cross()],
+            "past": [repeated(tensor[:, :, at], rows) for tensor in few_past],
+            "cross": [repeated(tensor, images) for tensor in self._few_cross()],
         }
 
     @torch.no_grad()
@@ -359,11 +359,6 @@ def _flat(arguments: Mapping[str, Any], layers: int) -> dict[str, Tensor]:
     for value in arguments.values():
         tensors += value if isinstance(value, list) else [value]
     return dict(zip(_decoder_inputs(layers), tensors, strict=True))
-
-
-def _repeated(tensor: Tensor, count: int) -> Tensor:
-    """The first `count` of the tensor's rows, said again from the first when it has fewer."""
-    return tensor[torch.arange(count) % tensor.shape[0]].contiguous()
 
 
 def _processor(folder: Path) -> Any:
