@@ -5,26 +5,20 @@ deleted. Every method raises StoreError (errors.py), whose reason says what kind
 what would help.
 """
 
-import base64
 import json
 import logging
 import math
 import re
-import shutil
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from datetime import datetime
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from urllib.parse import quote
-
-import msgspec
 
 from services.runtimes.artifacts import contents
-from services.runtimes.artifacts.errors import Reason, StoreError, explained
+from services.runtimes.artifacts.errors import Reason, StoreError
 from services.runtimes.artifacts.folder import Folder
 from services.runtimes.artifacts.leases import Leases
 from services.runtimes.artifacts.manifest import (
@@ -34,46 +28,33 @@ from services.runtimes.artifacts.manifest import (
     Kind,
     Manifest,
     Target,
-    artifact_id,
-    encode,
 )
-from services.runtimes.artifacts.place import USED, Place
+from services.runtimes.artifacts.place import Place
+from services.runtimes.artifacts.publishing import Publishing
 from services.runtimes.artifacts.s3 import Bucket
+from services.runtimes.artifacts.stored import PAGE_SIZE_MOST, Page, Stored, check_page_size, order, page_of
 from services.runtimes.artifacts.user_folders import data_folder
+from services.runtimes.artifacts.uses import TORCH, Uses
+
+__all__ = [
+    "LEASE_S",
+    "PAGE_SIZE_MOST",
+    "TORCH",
+    "Collected",
+    "Page",
+    "Store",
+    "Stored",
+    "default_location",
+    "open_store",
+]
 
 log = logging.getLogger(__name__)
 
 _ID = re.compile(r"[0-9a-f]{8,64}")
-PAGE_SIZE_MOST = 200
-# In place of an artifact's id: the model is run from its checkpoint.
-TORCH = "torch"
 # How long a lease counts after its last renewal: an artifact of a holder that was killed can be deleted after it.
 LEASE_S = 180.0
 # In S3 each is a request.
 _MANIFESTS_AT_A_TIME = 16
-
-
-@dataclass(frozen=True)
-class Stored:
-    """An artifact in a store."""
-
-    id: str
-    manifest: Manifest
-    manifest_json: bytes = field(repr=False)
-    published_at: float  # by the store's clock, seconds since 1970
-
-    @property
-    def size_bytes(self) -> int:
-        """Of all its files."""
-        return len(self.manifest_json) + sum(file.size_bytes for file in self.manifest.files)
-
-
-@dataclass(frozen=True)
-class Page:
-    """A part of the list of artifacts. next_page_token: "" on the last page."""
-
-    artifacts: tuple[Stored, ...]
-    next_page_token: str
 
 
 @dataclass(frozen=True)
@@ -82,13 +63,6 @@ class Collected:
 
     deleted: tuple[Stored, ...]
     freed_bytes: int
-
-
-class _Choice(msgspec.Struct, frozen=True):
-    """The note that `use` writes."""
-
-    model: str
-    artifact_id: str
 
 
 def default_location() -> str:
@@ -120,6 +94,8 @@ class Store:
     def __init__(self, place: Place, *, lease_s: float = LEASE_S) -> None:
         self._place = place
         self._leases = Leases(place, lease_s)
+        self._publishing = Publishing(place, self._leases, self.find_recipe, self.get)
+        self._uses = Uses(place)
         self._known: dict[str, tuple[Manifest, bytes]] = {}  # what an id stands for never changes
 
     @property
@@ -159,7 +135,7 @@ class Store:
         for stored in loaded:
             if stored and all(getattr(stored.manifest, name) == value for name, value in wanted.items()):
                 found.append(stored)
-        return sorted(found, key=_order)
+        return sorted(found, key=order)
 
     def page(
         self,
@@ -176,15 +152,10 @@ class Store:
 
         page_size: 1 to PAGE_SIZE_MOST. page_token: "" or of the page before with the same filters.
         """
-        if not 1 <= page_size <= PAGE_SIZE_MOST:
-            raise StoreError(Reason.INVALID, f"page_size: {page_size}; it has to be from 1 to {PAGE_SIZE_MOST}")
+        check_page_size(page_size)
         filters = json.dumps([model, target, precision, source_digest, kind])
         found = self.find(model=model, target=target, precision=precision, source_digest=source_digest, kind=kind)
-        if page_token:
-            last = _read_token(page_token, filters)
-            found = [stored for stored in found if _order(stored) > last]
-        shown = tuple(found[:page_size])
-        return Page(shown, _token(_order(shown[-1]), filters) if len(found) > page_size else "")
+        return page_of(found, page_size, page_token, filters)
 
     def find_recipe(self, recipe: str) -> Stored | None:
         """The artifact that was made by this recipe."""
@@ -261,8 +232,7 @@ class Store:
     def staging(self) -> Path:
         """An empty folder to make an artifact in. It is removed by `publish` or `discard`; if the process that asked
         for it ends before, by the next `collect`."""
-        with explained("starting an artifact", self._place.staging.root):
-            return self._place.staging.new()
+        return self._publishing.staging()
 
     def discard(self, staging: Path) -> None:
         """Removes a staging folder, if it is still there. Never raises."""
@@ -274,62 +244,7 @@ class Store:
         staging: from `staging()`, it is gone afterwards whatever comes of it; any other folder is copied.
         manifest.files may be left empty, the store fills it in; else the files have to be as it says.
         """
-        try:
-            if not self._place.staging.holds(staging):
-                staging = self._copied(staging)
-            with explained("reading the new artifact", staging):
-                files = contents.files_in(staging)
-            if manifest.files and (problems := contents.differences(manifest.files, files)):
-                raise StoreError(Reason.INVALID, f"files: {'; '.join(problems[:5])}")
-            manifest = msgspec.structs.replace(manifest, files=files)
-            contents.check_manifest(manifest)
-            return self._publish(staging, manifest)
-        finally:
-            self.discard(staging)
-
-    def _copied(self, folder: Path) -> Path:
-        # A rename works within one file system only.
-        staging = self.staging()
-        try:
-            with explained("copying the new artifact", staging):
-                for path in contents.paths_in(folder):
-                    (staging / path).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(folder / path, staging / path)
-        except BaseException:
-            self.discard(staging)
-            raise
-        return staging
-
-    def _publish(self, staging: Path, manifest: Manifest) -> Stored:
-        content = encode(manifest)
-        new = artifact_id(content)
-        existing = self.find_recipe(manifest.recipe)
-        if existing is not None:
-            return existing
-        try:
-            with self._leases.publishing(new):
-                self._place.prepare(new, staging, manifest.files, content)
-                with self._place.locked():
-                    existing = self.find_recipe(manifest.recipe)
-                    if existing is None:
-                        self._place.appear(new, staging, content)
-        except BaseException:
-            self._abandon(new)
-            raise
-        if existing is None:
-            return self.get(new)
-        if existing.id != new:
-            self._abandon(new)
-        return existing
-
-    def _abandon(self, new: str) -> None:
-        try:
-            with self._place.locked():
-                # Another process may be publishing the very same artifact.
-                if all(lease.artifact_id != new for lease in self._leases.live()):
-                    self._place.abandon(new)
-        except StoreError as error:
-            log.warning("what was brought to %s of an artifact is left to `collect`: %s", self.location, error)
+        return self._publishing.publish(staging, manifest)
 
     # Holding, choosing, removing.
 
@@ -362,39 +277,23 @@ class Store:
             raise StoreError(Reason.INVALID, "model: it is empty")
         with self._place.locked():
             chosen = TORCH if artifact_id == TORCH else self.get(artifact_id).id
-            self._place.write_note(USED, _note_name(model), msgspec.json.encode(_Choice(model, chosen)))
+            self._uses.write(model, chosen)
 
     def used(self, model: str) -> str | None:
         """The id that `use` was last given for the model, or TORCH."""
-        note = self._place.note(USED, _note_name(model))
-        if note is None:
-            return None
-        try:
-            return msgspec.json.decode(note, type=_Choice).artifact_id
-        except msgspec.DecodeError as error:
-            raise StoreError(
-                Reason.DAMAGED,
-                f"model {model}: what `inkwell use` chose cannot be read from {self.location} ({error}); choose again",
-            ) from error
+        return self._uses.read(model)
 
     def unuse(self, model: str) -> bool:
         """Forgets what `use` chose; whether there was something."""
         with self._place.locked():
-            there = self._place.note(USED, _note_name(model)) is not None
-            self._place.remove_note(USED, _note_name(model))
-        return there
+            return self._uses.forget(model)
 
     def users(self) -> dict[str, list[str]]:
         """Who keeps each artifact from being deleted, in words; artifacts that nobody does are not in it."""
-        found: dict[str, list[str]] = {}
-        for note in self._place.notes(USED).values():
-            try:
-                choice = msgspec.json.decode(note.content, type=_Choice)
-            except msgspec.DecodeError as error:  # `used` says so to whom it concerns
-                log.warning("a choice in %s cannot be read: %s", self.location, error)
-                continue
-            if choice.artifact_id != TORCH:
-                found.setdefault(choice.artifact_id, []).append(f"chosen for model {choice.model}")
+        found = {
+            chosen: [f"chosen for model {model}" for model in models]
+            for chosen, models in self._uses.artifacts().items()
+        }
         for lease in self._leases.live():
             found.setdefault(lease.artifact_id, []).append(lease.holder)
         return found
@@ -477,31 +376,3 @@ class Store:
             self._known[one] = (contents.read_manifest(content, one, self.location), content)
         manifest, content = self._known[one]
         return Stored(one, manifest, content, published_at)
-
-
-def _order(stored: Stored) -> tuple[float, str]:
-    return (-datetime.fromisoformat(stored.manifest.created_at).timestamp(), stored.id)
-
-
-def _note_name(model: str) -> str:
-    name = quote(model, safe="")
-    # File names have 255 bytes at most.
-    return name if len(name) <= 200 else sha256(model.encode()).hexdigest()
-
-
-def _token(last: tuple[float, str], filters: str) -> str:
-    content = json.dumps([*last, sha256(filters.encode()).hexdigest()[:16]])
-    return base64.urlsafe_b64encode(content.encode()).decode()
-
-
-def _read_token(token: str, filters: str) -> tuple[float, str]:
-    try:
-        at, last, digest = json.loads(base64.urlsafe_b64decode(token.encode("ascii")))
-        place = (float(at), str(last))
-    except (ValueError, TypeError):
-        raise StoreError(
-            Reason.INVALID, "page_token: it is none that this store gave; leave it empty for the first page"
-        ) from None
-    if digest != sha256(filters.encode()).hexdigest()[:16]:
-        raise StoreError(Reason.INVALID, "page_token: it belongs to other filters; leave it empty for the first page")
-    return place
