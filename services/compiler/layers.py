@@ -8,13 +8,20 @@ from typing import Literal, cast
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
 # Smaller weights gain nothing: their scales and the nodes that unpack them take as much.
 SMALLEST_WEIGHT = 1024
-# A protobuf message may not be larger than 2 GiB; weights above it lie in a file of their own.
-_INLINE_BYTES_MOST = 1_900_000_000
+# Beyond it weights lie in "<file>.data" beside the graph, which runtimes map into memory instead of reading it through
+# protobuf: a TrOCR-base graph opened 2.8 times as fast that way, and took 0.6 GB less while it did. Smaller graphs gain
+# nothing and are easier to handle as one file.
+INLINE_BYTES_MOST = 64 << 20
+# Smaller tensors stay in the graph, whose shapes are computed from some of them.
+_APART_BYTES_LEAST = 1024
+# Where each begins in the file, so that pages of it are mapped as they lie and no number is read unaligned.
+_APART_ALIGNMENT = 4096
 
 Operator = Literal["MatMul", "Gemm", "Conv", "ConvTranspose", "Gather"]
 
@@ -43,21 +50,34 @@ def load(file: Path) -> onnx.ModelProto:
         raise BuildError(f"{file.name} cannot be read as ONNX: {error}") from error
 
 
-def save(model: onnx.ModelProto, file: Path) -> None:
-    """Write a graph; weights beyond 2 GB go to "<file>.data" beside it. Raises OSError."""
-    if sum(initializer_bytes(tensor) for tensor in model.graph.initializer) <= _INLINE_BYTES_MOST:
+def save(model: onnx.ModelProto | ir.Model, file: Path) -> None:
+    """Write a graph, its weights beyond INLINE_BYTES_MOST to "<file>.data" beside it. The model stays as it is.
+
+    Raises OSError.
+    """
+    if isinstance(model, onnx.ModelProto):
+        size = sum(initializer_bytes(tensor) for tensor in model.graph.initializer)
+    else:
+        weights = (value.const_value for value in model.graph.initializers.values())
+        size = sum(weight.nbytes for weight in weights if weight is not None)
+    # A session may have mapped what an earlier call wrote here, and a graph that became smaller must not leave it.
+    for old in (file, file.with_name(f"{file.name}.data")):
+        old.unlink(missing_ok=True)
+    if size > INLINE_BYTES_MOST:
+        # Not onnx.save, which takes the weights out of the model that it is given.
+        apart = ir.from_proto(model) if isinstance(model, onnx.ModelProto) else model
+        ir.save(
+            apart,
+            file,
+            external_data=f"{file.name}.data",
+            size_threshold_bytes=_APART_BYTES_LEAST,
+            alignment=_APART_ALIGNMENT,
+            align_threshold=_APART_BYTES_LEAST,
+        )
+    elif isinstance(model, onnx.ModelProto):
         onnx.save(model, str(file))
-        return
-    # onnx writes behind what is there.
-    file.with_name(f"{file.name}.data").unlink(missing_ok=True)
-    onnx.save(
-        model,
-        str(file),
-        save_as_external_data=True,
-        location=f"{file.name}.data",
-        size_threshold=1024,
-        convert_attribute=False,
-    )
+    else:
+        ir.save(model, file)
 
 
 def initializer_bytes(tensor: TensorProto) -> int:

@@ -240,6 +240,8 @@ def _between_ranges(model: onnx.ModelProto, layers: Sequence[Layer], calibration
                 per_channel=True,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QUInt8,
+                # As the source's: one message holds 2 GB at most.
+                use_external_data_format=source.with_name(f"{source.name}.data").exists(),
                 extra_options={
                     "WeightSymmetric": True,
                     # A linear layer's sums go on in float32, as nothing after them takes 8 bits.

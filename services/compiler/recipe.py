@@ -9,7 +9,7 @@ import msgspec
 from services.compiler.domain import CompileRequest
 
 # Raised whenever the compiler's own code begins to write other files from the same request.
-REVISION = 1
+REVISION = 2
 
 
 def recipe_of(request: CompileRequest, source_digest: str, calibration_digest: str, versions: Mapping[str, str]) -> str:

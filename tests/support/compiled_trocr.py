@@ -8,7 +8,9 @@ from functools import cache
 from pathlib import Path
 
 import onnx
+import torch
 from openvino import convert_model, save_model
+from transformers import BeitConfig, BeitModel, VisionEncoderDecoderModel
 
 from services.compiler.export import trocr
 from services.compiler.export.exported import Exported
@@ -41,6 +43,36 @@ def untied(folder: Path) -> Path:
     large = published_trocr.ARCHITECTURES["trocr-large-printed"]
     published_trocr.save(folder, published_trocr.Architecture(2, 6, 2, 4, True, True, large.decoder))
     return folder
+
+
+def published(folder: Path) -> Path:
+    """The encoder of trocr-base and trocr-large: ViT without biases for queries, keys and values. Fewer layers."""
+    base = published_trocr.ARCHITECTURES["trocr-base-handwritten"]
+    published_trocr.save(folder, published_trocr.Architecture(1, base.encoder_heads, 1, base.decoder_heads))
+    return folder
+
+
+def beit(folder: Path) -> Path:
+    """BEiT, whose attention has a bias for each distance between two patches."""
+    torch.manual_seed(0)
+    config = BeitConfig(
+        hidden_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=48,
+        image_size=(tiny_trocr.HEIGHT, tiny_trocr.WIDTH),
+        patch_size=8,
+        num_channels=1,
+        use_relative_position_bias=True,
+    )
+    encoder = BeitModel(config, add_pooling_layer=False)
+    for parameter in encoder.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.35)
+    reader = tiny_trocr.build(layers=1)
+    model = VisionEncoderDecoderModel(encoder=encoder, decoder=reader.decoder)
+    model.generation_config = reader.generation_config
+    return tiny_trocr.save(folder, model.eval())
 
 
 def embedded(_: Path) -> Path:

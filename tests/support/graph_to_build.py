@@ -1,6 +1,8 @@
 """A small network with every kind of layer that the compiler quantizes, exported as the compiler exports."""
 
+import tempfile
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -12,6 +14,7 @@ from services.compiler.export.onnx_files import export_module, ports
 from services.runtimes.artifacts.manifest import Axis
 
 TOKENS = 40
+_folder = tempfile.TemporaryDirectory(prefix="graph-to-build-")
 
 
 class Network(nn.Module):
@@ -37,8 +40,9 @@ class Network(nn.Module):
         return features, self.head(hidden)
 
 
-def exported(folder: Path) -> ExportedGraph:
-    """The network with random weights, the same every time, as `small.onnx` in the folder."""
+@cache
+def exported() -> ExportedGraph:
+    """The network with random weights, the same every time; exported once a test run, and not to be changed."""
     torch.manual_seed(0)
     network = Network()
     mean, variance = network.norm.running_mean, network.norm.running_var
@@ -60,7 +64,7 @@ def exported(folder: Path) -> ExportedGraph:
             features, scores = network(inputs["image"], inputs["tokens"])
         return {"features": features, "scores": scores}
 
-    file = folder / "small.onnx"
+    file = Path(_folder.name) / "small.onnx"
     batch, length = Dim("batch", min=1, max=8), Dim("length", min=1, max=32)
     export_module(
         network,

@@ -26,12 +26,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from services.compiler.export.exported import ExportError
+from services.compiler.layers import save
 from services.runtimes.artifacts.manifest import Port
 
 # Old enough for every runtime's quantizers and parsers, and the first with all operators that torch's exporter emits.
 OPSET = 18
-# A protobuf message may not be larger than 2 GiB; weights above it lie in a file of their own.
-_INLINE_BYTES_MOST = 2_000_000_000
 # Constants of at most so many numbers are shapes, axes and factors.
 _SHAPE_SIZE_MOST = 8
 
@@ -46,7 +45,7 @@ def export_module(
     input_names: Sequence[str] = (),
     opset: int = OPSET,
 ) -> None:
-    """Write the module, in evaluation mode, as ONNX to `file` and check it; big weights go to "<file>.data".
+    """Write the module, in evaluation mode, as ONNX to `file` and check it; `layers.save` says where weights lie.
 
     example: arguments of forward by name, with more than 1 along every dynamic axis. dynamic_shapes: of the same
     structure, as torch.export takes it. input_names: of the flattened arguments in the order of the parameters, when
@@ -60,7 +59,7 @@ def export_module(
     _merge_shared(model)
     _plain_linears(model)
     _simplify(model)
-    _save(model, file)
+    save(model, file)
     check(file)
 
 
@@ -385,11 +384,3 @@ def _drop_unused(model: ir.Model) -> None:
     for name, value in list(model.graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
             del model.graph.initializers[name]
-
-
-def _save(model: ir.Model, file: Path) -> None:
-    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
-    if size <= _INLINE_BYTES_MOST:
-        ir.save(model, file)
-    else:
-        ir.save(model, file, external_data=f"{file.name}.data", size_threshold_bytes=1024)

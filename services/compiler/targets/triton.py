@@ -92,10 +92,10 @@ def _write_model(built: BuiltGraph, folder: Path, hardware: str, options: Reposi
     name = model_name(built.graph, options)
     model = folder / REPOSITORY / name
     target = model / VERSION / f"model{built.file.suffix}"
-    _place(built.file, target)
+    placed = _place(built.file, target)
     config = _config(built.graph, name, backend, hardware, options)
     config.default_model_filename = target.name
-    config.parameters[IDENTITY_PARAMETER].string_value = _digest(target)
+    config.parameters[IDENTITY_PARAMETER].string_value = _digest(placed)
     batch = config.max_batch_size > 0
     for sample, sizes_of_axes in _warmup_sizes(built.graph, batch):
         warmup = config.model_warmup.add(name=sample, batch_size=1 if batch else 0, count=1)
@@ -212,18 +212,25 @@ def _add_inputs(
         (folder / entry.input_data_file).write_bytes(tensor.view(-1).view(torch.uint8).numpy().tobytes())
 
 
-def _place(source: Path, target: Path) -> None:
-    """Put a graph and the weights beside it where Triton looks for them; by a hard link where that is possible."""
+def _place(source: Path, target: Path) -> list[Path]:
+    """Put a graph and the weights beside it where Triton looks for them; by a hard link where that is possible.
+
+    Answers all files that it put there, the graph's first.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     if source.suffix == ".onnx" and has_scalars(source):
         widen_scalars(source, target)
     else:
         _link(source, target)
+    beside: dict[Path, Path] = {}
     if source.suffix == ".xml":
-        _link(source.with_suffix(".bin"), target.with_suffix(".bin"))
+        beside = {source.with_suffix(".bin"): target.with_suffix(".bin")}
     elif source.suffix == ".onnx":
-        for weights in onnx_parts(source)[1:]:  # the graph names them, so that they keep their names
-            _link(weights, target.parent / weights.name)
+        # The graph names them, so that they keep their names.
+        beside = {weights: target.parent / weights.name for weights in onnx_parts(source)[1:]}
+    for weights, place in beside.items():
+        _link(weights, place)
+    return [target, *beside.values()]
 
 
 def _link(source: Path, target: Path) -> None:
@@ -233,6 +240,11 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _digest(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+def _digest(files: Sequence[Path]) -> str:
+    """sha-256 over the files' contents, one after the other."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as content:
+            while piece := content.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()

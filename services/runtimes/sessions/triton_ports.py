@@ -9,7 +9,7 @@ from services.runtimes.artifacts.manifest import Axis, Port
 
 # `parameters` of a model's configuration that Triton's backends do not read.
 PORTS_PARAMETER = "inkwell_ports"  # Ports as JSON
-IDENTITY_PARAMETER = "inkwell_sha256"  # of the graph's file
+IDENTITY_PARAMETER = "inkwell_sha256"  # of the graph's file and the weights beside it
 
 # Triton's names of element types by numpy's ("Datatypes" in Triton's model configuration documentation).
 _TRITON_DTYPES = {

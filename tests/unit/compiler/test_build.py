@@ -32,8 +32,8 @@ SHARE: dict[ArtifactPrecision, float] = {
 
 
 @pytest.fixture(scope="module")
-def graph(tmp_path_factory: pytest.TempPathFactory) -> ExportedGraph:
-    return graph_to_build.exported(tmp_path_factory.mktemp("exported"))
+def graph() -> ExportedGraph:
+    return graph_to_build.exported()
 
 
 def written(
@@ -115,6 +115,39 @@ def test_two_builds_are_the_same_bytes(graph: ExportedGraph, tmp_path: Path) -> 
     # OpenVINO numbers the nodes that it adds on through the life of a process, so that *.xml differs within one.
     one, two = (written(graph, folder, "openvino", "int8_weight_only") for folder in folders)
     assert one.with_suffix(".bin").read_bytes() == two.with_suffix(".bin").read_bytes()
+
+
+@pytest.mark.parametrize("precision", [p for p in get_args(ArtifactPrecision) if p != "bfloat16"])
+def test_weights_beside_the_graph_are_the_same_and_leave_with_it(
+    graph: ExportedGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: ArtifactPrecision
+) -> None:
+    feeds = graph.example(SIZES)
+    file = written(graph, tmp_path, "onnx", precision)
+    whole, size = run(file, feeds), file.stat().st_size
+    data = tmp_path / "small.onnx.data"
+    assert not data.exists()
+
+    monkeypatch.setattr(layers, "INLINE_BYTES_MOST", 1000)
+    written(graph, tmp_path, "onnx", precision)
+    assert data.stat().st_size > size / 2
+    assert file.stat().st_size < size / 2
+    onnx.checker.check_model(str(file), full_check=precision != "int4_weight_only")
+    for name, value in run(file, feeds).items():
+        assert torch.equal(value, whole[name])
+
+    monkeypatch.undo()
+    written(graph, tmp_path, "onnx", precision)
+    assert [path.name for path in tmp_path.iterdir()] == ["small.onnx"]
+
+
+def test_a_model_that_was_saved_has_its_weights_still(
+    graph: ExportedGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "INLINE_BYTES_MOST", 1000)
+    model = layers.load(graph.file)
+    before = model.SerializeToString(deterministic=True)
+    layers.save(model, tmp_path / "small.onnx")
+    assert model.SerializeToString(deterministic=True) == before
 
 
 def test_inputs_and_outputs_stay_in_float32(graph: ExportedGraph, tmp_path: Path) -> None:

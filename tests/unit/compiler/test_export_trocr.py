@@ -13,13 +13,13 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 from torch.export import Dim
 
-from services.compiler.export import onnx_files
+from services.compiler import layers
 from services.compiler.export.exported import ExportedGraph, ExportError
 from services.compiler.export.onnx_files import export_module, untie
 from services.runtimes import torch_trocr
 from services.runtimes.checkpoints import CheckpointError
 from services.runtimes.hardware import Hardware
-from tests.support.compiled_trocr import FAMILIES, Compiled, compiled, exported, tied, untied
+from tests.support.compiled_trocr import FAMILIES, Compiled, beit, compiled, exported, published, tied, untied
 
 CPU = Hardware("cpu", "cpu", "CPU", 0, 1)
 
@@ -33,6 +33,19 @@ def run(graph: ExportedGraph, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
     session = onnxruntime.InferenceSession(graph.file)
     outputs = session.run(None, {name: tensor.numpy() for name, tensor in feeds.items()})
     return {port.name: torch.from_numpy(value) for port, value in zip(graph.outputs, outputs, strict=True)}
+
+
+@pytest.mark.parametrize("make", [beit, published], ids=lambda make: make.__name__)
+def test_every_encoder_is_exported_as_torch_computes_it(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    made = exported(make(tmp_path / "checkpoint"), tmp_path / "graphs")
+    for graph, sizes in (
+        (made.graph("encoder"), {"images": 3}),
+        (made.graph("decoder"), {"rows": 3, "past": 5, "images": 2, "width": 2}),
+    ):
+        feeds = graph.example(sizes)
+        wanted = graph.reference(feeds)
+        for name, value in run(graph, feeds).items():
+            torch.testing.assert_close(value, wanted[name], atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("end", ["low", "between", "high"])
@@ -83,10 +96,10 @@ def test_weights_have_the_checkpoints_names_and_values(family: Compiled) -> None
 def test_linear_layers_are_named_products_with_weights_of_their_own(family: Compiled) -> None:
     graph = onnx.load(family.made.graph("decoder").file).graph
     weights = {weight.name for weight in graph.initializer}
-    layers = {node.name: node for node in graph.node if node.op_type == "MatMul" and node.input[1] in weights}
+    products = {node.name: node for node in graph.node if node.op_type == "MatMul" and node.input[1] in weights}
     for part in ("self_attn.q_proj", "encoder_attn.out_proj", "fc1", "fc2"):
         name = f"decoder.model.decoder.layers.0.{part}"
-        assert layers[name].input[1] == f"{name}.weight"
+        assert products[name].input[1] == f"{name}.weight"
     assert len({node.name for node in graph.node}) == len(graph.node)
 
 
@@ -119,10 +132,8 @@ def test_an_untied_output_layer_is_a_plain_product() -> None:
     assert not [node for node in graph.node if node.op_type == "Gemm"]
 
 
-def test_weights_beyond_what_a_protobuf_holds_lie_beside_the_graph(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(onnx_files, "_INLINE_BYTES_MOST", 1000)
+def test_large_weights_lie_beside_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "INLINE_BYTES_MOST", 1000)
     file = tmp_path / "linear.onnx"
     layer = nn.Sequential(nn.Linear(64, 32), nn.ReLU())
     rows = {"input": torch.randn(3, 64)}

@@ -9,7 +9,6 @@ from PIL import Image
 from services.compiler import measure
 from services.compiler.build import build
 from services.compiler.domain import Budget, CompileRequest, Stage
-from services.compiler.export import trocr
 from services.compiler.quality import lines, prompts, reading
 from services.compiler.quality.lines import Line, LinesError
 from services.compiler.quality.prompts import PromptsError
@@ -17,6 +16,7 @@ from services.compiler.quality.similarity import psnr, ssim
 from services.compiler.search import BudgetError
 from services.runtimes.artifacts.manifest import BYTES_RATIO, SPEED_RATIO
 from tests.support import tiny_trocr
+from tests.support.compiled_trocr import compiled, tied
 
 
 def test_psnr_is_of_the_mean_square() -> None:
@@ -85,7 +85,8 @@ def test_the_character_error_rate_is_edits_over_characters() -> None:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
-    tiny_trocr.save(folder, tiny_trocr.build(), max_length=12)
+    # As `tied`, whose graphs are exported once for all tests, but for shorter texts.
+    tiny_trocr.save(folder, tiny_trocr.build(positions=160), max_length=12)
     made = lines.rendered(12, seed=5)
     rows = ["file\ttext"]
     (folder / "lines").mkdir()
@@ -102,9 +103,8 @@ def test_a_float32_model_reads_the_same_texts_and_says_what_was_checked(
     # No more than the fewest rounds: what the figures are is not looked at.
     monkeypatch.setattr(measure, "_WHOLE_SECONDS", 0)
     monkeypatch.setattr(measure, "_COMPONENT_SECONDS", 0)
-    (tmp_path / "exported").mkdir()
     (tmp_path / "built").mkdir()
-    exported = trocr.export(tiny, tmp_path / "exported", lambda note: None, max_batch_size=16)
+    exported = compiled(tied).made
     request = CompileRequest("tiny", str(tiny), "onnx", "float32", calibration_folder=str(tiny / "lines"))
     stages: list[Stage] = []
     built = build(exported, request, tiny, tmp_path / "built", lambda stage, note: stages.append(stage))

@@ -117,9 +117,14 @@ def test_external_weights_come_along_under_their_own_name(source: Path, tmp_path
         4096,
     )
     example = {"x": torch.zeros(1, 1024)}
-    written(BuiltGraph(described, source / "g.onnx", lambda sizes: example), tmp_path)
+    config = written(BuiltGraph(described, source / "g.onnx", lambda sizes: example), tmp_path)
     session = onnxruntime.InferenceSession(str(tmp_path / "repository" / "small-encoder" / "1" / "model.onnx"))
     assert session.run(None, {"x": np.zeros((1, 1024), np.float32)})[0].sum() == 1024
+    # The same graph with other weights is another build to whoever asks the server.
+    (source / "g.weights").write_bytes(bytes(4096))
+    other = written(BuiltGraph(described, source / "g.onnx", lambda sizes: example), tmp_path / "other")
+    identities = {each.parameters["inkwell_sha256"].string_value for each in (config, other)}
+    assert len(identities) == 2
 
 
 def test_accelerators_stand_where_their_backend_reads_them(source: Path, tmp_path: Path) -> None:

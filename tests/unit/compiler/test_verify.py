@@ -23,8 +23,8 @@ OPTIONS = SessionOptions(Hardware("cpu", "cpu", "CPU", 0, 1))
 
 
 @pytest.fixture(scope="module")
-def graph(tmp_path_factory: pytest.TempPathFactory) -> ExportedGraph:
-    return graph_to_build.exported(tmp_path_factory.mktemp("exported"))
+def graph() -> ExportedGraph:
+    return graph_to_build.exported()
 
 
 def quiet(note: str) -> None:

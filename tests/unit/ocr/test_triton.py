@@ -8,7 +8,6 @@ from pathlib import Path
 import grpc
 import pytest
 
-from services.compiler.export import trocr
 from services.compiler.targets import triton
 from services.compiler.targets.triton import BuiltGraph, RepositoryOptions
 from services.kit.faults import Kind
@@ -17,7 +16,8 @@ from services.ocr.settings import Settings
 from services.runtimes.artifacts.digests import digest_of
 from services.runtimes.artifacts.manifest import BuiltOn, Graph, Manifest, Requires
 from services.runtimes.artifacts.store import open_store
-from tests.support import artifacts, tiny_trocr
+from tests.support import artifacts
+from tests.support.compiled_trocr import compiled, tied
 from tests.support.reading import GREEDY, Read, Reader, beams, scribble
 from tests.support.triton_server import TritonServer
 
@@ -35,11 +35,8 @@ class Trial:
 
 @pytest.fixture(scope="module")
 def trial(tmp_path_factory: pytest.TempPathFactory) -> Trial:
-    work = tmp_path_factory.mktemp("triton")
-    checkpoint = tiny_trocr.save(work / "checkpoint", tiny_trocr.build())
-    (work / "exported").mkdir()
-    made = trocr.export(checkpoint, work / "exported", lambda note: None, max_batch_size=32)
-    store = open_store(str(work / "store"))
+    checkpoint, made = compiled(tied).folder, compiled(tied).made
+    store = open_store(str(tmp_path_factory.mktemp("triton") / "store"))
     staging = store.staging()
     built = [
         BuiltGraph(Graph(each.component, "", each.inputs, each.outputs, each.axes, 0), each.file, each.example)
