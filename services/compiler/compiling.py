@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import get_args
 
 import psutil
 import structlog
@@ -12,7 +13,7 @@ from services.compiler import converters
 from services.compiler.domain import CompileJob, CompileProgress, CompileRequest, CompileResult
 from services.compiler.settings import Settings
 from services.compiler.store_faults import store_fault
-from services.compiler.targets import tensorrt_machine
+from services.compiler.targets import present, tensorrt_machine
 from services.kit.admission import Priority
 from services.kit.child import Limits, run_child
 from services.kit.metrics import Metrics
@@ -62,8 +63,9 @@ class Compiler:
 
     async def submit(self, request: CompileRequest, *, request_id: str, priority: Priority) -> Operation:
         """The operation that compiles it: the one that does so already, else a new one. Raises Fault."""
+        # Known at once, so said at once.
+        await asyncio.to_thread(present.require, request.target)
         if request.target == "tensorrt":
-            # Known at once, so said at once.
             await asyncio.to_thread(tensorrt_machine.require, request.precision)
         # One after the other, so that of two equal requests at the same moment the second finds the first.
         async with self._submitting:
@@ -78,10 +80,8 @@ class Compiler:
     def targets(self) -> Mapping[Target, tuple[tuple[ArtifactPrecision, ...], str]]:
         """Each target's precisions, and what this machine lacks to build for it."""
         return {
-            "onnx": (_ALL, ""),
-            "openvino": (_ALL, ""),
-            "tensorrt": (tensorrt_machine.PRECISIONS, tensorrt_machine.missing()),
-            "triton": (_ALL, ""),
+            target: (tensorrt_machine.PRECISIONS if target == "tensorrt" else _ALL, present.missing(target))
+            for target in get_args(Target)
         }
 
     async def _work(self, request: CompileRequest, say: Say, running: Running) -> CompileResult:

@@ -9,7 +9,7 @@ import grpc
 from google.longrunning import operations_pb2
 
 from inkwell.compiler.v1 import compiler_pb2, compiler_pb2_grpc
-from services.compiler import catalog, converters
+from services.compiler import catalog, checkpoint, converters
 from services.compiler.compiling import Compiler
 from services.compiler.settings import Settings
 from services.compiler.store_faults import store_fault
@@ -38,6 +38,7 @@ class CompilerServicer(compiler_pb2_grpc.CompilerServiceServicer):
     ) -> operations_pb2.Operation:
         sources = await asyncio.to_thread(catalog.sources, self._settings)
         wanted = converters.to_request(request, sources)
+        await asyncio.to_thread(checkpoint.refuse, wanted)
         operation = await self._compiler.submit(wanted, request_id=request.request_id, priority=priority_of(context))
         return to_message(self._compiler.operations, operation)
 
@@ -46,6 +47,7 @@ class CompilerServicer(compiler_pb2_grpc.CompilerServiceServicer):
     ) -> compiler_pb2.ListTargetsResponse:
         sources = await asyncio.to_thread(catalog.sources, self._settings)
         kinds = await asyncio.to_thread(catalog.kinds, sources)
+        targets = await asyncio.to_thread(self._compiler.targets)
         return compiler_pb2.ListTargetsResponse(
             models=[compiler_pb2.CompilableModel(name=name, kind=kind or "") for name, kind in sorted(kinds.items())],
             targets=[
@@ -54,7 +56,7 @@ class CompilerServicer(compiler_pb2_grpc.CompilerServiceServicer):
                     precisions=[converters.precision_number(precision) for precision in precisions],
                     missing=missing,
                 )
-                for target, (precisions, missing) in self._compiler.targets().items()
+                for target, (precisions, missing) in targets.items()
             ],
         )
 

@@ -15,17 +15,19 @@ from typing import get_args
 
 import msgspec
 
-from services.compiler import catalog
+from services.compiler import checkpoint
 from services.compiler.domain import CompileJob, CompileProgress, CompileRequest, CompileResult, Stage
 from services.compiler.recipe import recipe_of
 from services.compiler.store_faults import store_fault
-from services.compiler.targets import tensorrt_machine
+from services.compiler.targets import present, tensorrt_machine
 from services.kit import child_side, faults
 from services.kit.faults import Fault, FaultData
+from services.runtimes.artifacts.built_on import Machine, installed, machine
 from services.runtimes.artifacts.digests import digest_of
 from services.runtimes.artifacts.errors import StoreError
 from services.runtimes.artifacts.manifest import FORMAT, ArtifactPrecision, Kind, Manifest, Requires, Target
 from services.runtimes.artifacts.store import Store, Stored, open_store
+from services.runtimes.hardware import detect
 
 _STAGES: tuple[Stage, ...] = get_args(Stage)
 # Within the artifact: the checkpoint's files but its weights.
@@ -51,11 +53,14 @@ def compile_job(job: CompileJob, folder: Path, tell: Callable[[msgspec.Struct], 
 
 def _compile(job: CompileJob, store: Store, folder: Path, say: Say) -> Stored:
     request = job.request
+    # Looked for first: exporting takes minutes.
+    present.require(request.target)
     if request.target == "tensorrt":
-        # Looked for first: exporting takes minutes.
         tensorrt_machine.require(request.precision)
+    checkpoint.refuse(request)
     say("fetching", request.source)
     source, kind = _source(request, allow_pickled_weights=job.allow_pickled_weights)
+    checkpoint.refuse(request, source)
     source_digest = _digest(source, request.model)
     calibration = Path(request.calibration_folder).expanduser() if request.calibration_folder else None
     versions = _versions(request.target)
@@ -74,8 +79,6 @@ def _make(job: CompileJob, source: Path, kind: Kind, folder: Path, say: Say) -> 
     """Write the artifact's files into the job's staging folder; the manifest lacks its digests."""
     # Late: they import torch, transformers and diffusers, which take seconds and which a repeated compile needs not.
     from services.compiler.making import make_graphs
-    from services.runtimes.artifacts.built_on import machine
-    from services.runtimes.hardware import detect
 
     request, staging = job.request, Path(job.staging)
     made = make_graphs(job, source, kind, folder, say)
@@ -97,7 +100,7 @@ def _make(job: CompileJob, source: Path, kind: Kind, folder: Path, say: Say) -> 
         model_folder=_MODEL_FOLDER,
         files=(),
         built_on=here.built_on(),
-        requires=_requires(request.target, here.compute_capability, here.versions),
+        requires=_requires(request.target, here, [staging / graph.file for graph in made.graphs]),
         checks=made.checks,
         measured=made.measured,
         created_at=datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
@@ -105,10 +108,12 @@ def _make(job: CompileJob, source: Path, kind: Kind, folder: Path, say: Say) -> 
     )
 
 
-def _requires(target: Target, compute_capability: str, versions: Mapping[str, str]) -> Requires:
-    if target != "tensorrt":
-        return Requires()
-    return Requires("cuda", compute_capability, {"tensorrt": versions["tensorrt"]})
+def _requires(target: Target, here: Machine, graphs: Sequence[Path]) -> Requires:
+    from services.compiler.targets.onnx_parts import opset_of
+
+    if target == "tensorrt":
+        return Requires("cuda", here.compute_capability, {"tensorrt": here.versions["tensorrt"]})
+    return Requires(onnx_opset=max((opset_of(file) for file in graphs if file.suffix == ".onnx"), default=0))
 
 
 def _source(request: CompileRequest, *, allow_pickled_weights: bool) -> tuple[Path, Kind]:
@@ -128,7 +133,7 @@ def _source(request: CompileRequest, *, allow_pickled_weights: bool) -> tuple[Pa
         ) from error
     except CheckpointError as error:
         raise faults.failed_precondition("MODEL_UNUSABLE", f"model {request.model}: {error}") from error
-    kind = catalog.kind_of(folder)
+    kind = checkpoint.kind_of(folder)
     if kind is None:
         raise faults.failed_precondition(
             "MODEL_UNUSABLE",
@@ -148,12 +153,10 @@ def _digest(folder: Path, model: str) -> str:
 
 def _versions(target: Target) -> Mapping[str, str]:
     """Of what writes the artifact, and of the device where it is bound to one."""
-    from services.runtimes.artifacts.built_on import machine
-    from services.runtimes.hardware import detect
-
+    if target != "tensorrt":
+        return installed()
     here = machine(detect())
-    bound = {"device": here.processor, "compute_capability": here.compute_capability} if target == "tensorrt" else {}
-    return {**here.versions, **bound}
+    return {**here.versions, "device": here.processor, "compute_capability": here.compute_capability}
 
 
 def _by_hand(arguments: Sequence[str]) -> None:

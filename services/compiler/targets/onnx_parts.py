@@ -1,4 +1,4 @@
-"""The files that make up one ONNX graph, and the one change that a target makes to it."""
+"""What of one ONNX graph its targets have to know, and the one change that a target makes to it."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,6 +16,12 @@ def onnx_parts(file: Path) -> tuple[Path, ...]:
         if external_data_helper.uses_external_data(tensor)
     }
     return (file, *(file.parent / location for location in sorted(beside)))
+
+
+def opset_of(file: Path) -> int:
+    """The version of the standard's operators that the graph is written in."""
+    model = onnx.load(str(file), load_external_data=False)
+    return max(opset.version for opset in model.opset_import if opset.domain in ("", "ai.onnx"))
 
 
 def has_scalars(file: Path) -> bool:

@@ -50,7 +50,7 @@ class Machine:
     features: tuple[str, ...]  # what the CPU can, as torch names it, sorted; () when torch is not here
     compute_capability: str  # of a CUDA device, such as "8.9"; "" of others
     versions: Mapping[str, str]  # of the packages above that are installed
-    onnx_opset: int  # the newest operator set that the ONNX Runtime here knows; 0 when it is not here
+    onnx_opset: int  # the newest operator set that the ONNX Runtime here knows; 0 when it does not tell
 
     def built_on(self) -> BuiltOn:
         """As a manifest tells it."""
@@ -64,7 +64,7 @@ def machine(hardware: Hardware) -> Machine:
         processor=hardware.name if hardware.label != "cpu" else _processor_name(),
         features=_features(),
         compute_capability=_compute_capability(hardware),
-        versions=_versions(),
+        versions=installed(),
         onnx_opset=_onnx_opset(),
     )
 
@@ -104,7 +104,7 @@ def refusal(manifest: Manifest, here: Machine) -> str:
                 f"it was built with {name} {version} and runs with no other, and {found} is installed; {again}, or"
                 f" install {name}=={version}"
             )
-    if manifest.target == "onnx" and needed.onnx_opset > here.onnx_opset:
+    if manifest.target == "onnx" and needed.onnx_opset > here.onnx_opset > 0:
         version = here.versions[package]
         return (
             f"its graphs are written in ONNX operator set {needed.onnx_opset}, and the ONNX Runtime here ({version})"
@@ -113,7 +113,8 @@ def refusal(manifest: Manifest, here: Machine) -> str:
     return ""
 
 
-def _versions() -> dict[str, str]:
+def installed() -> dict[str, str]:
+    """The versions of all packages that write or run artifacts and are here; none of them is imported."""
     found = {}
     for package, distributions in _DISTRIBUTIONS.items():
         for distribution in distributions:

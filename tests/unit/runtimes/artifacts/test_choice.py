@@ -1,6 +1,6 @@
 """Which artifact a model runs from, as a table; and what is said when there is none."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -222,6 +222,8 @@ def test_an_artifact_for_other_hardware_or_versions_is_refused() -> None:
     assert refusal(manifest(target="triton", requires=Requires("cuda", "8.9", {"tensorrt": "10.9.0"})), CPU) == ""
     assert "inkwell[triton]" in refusal(manifest(target="triton"), L4)
     assert refusal(manifest(requires=Requires(onnx_opset=24)), CPU) == ""
+    # A build of ONNX Runtime that does not tell what it knows says so itself when it opens the graph.
+    assert refusal(manifest(requires=Requires(onnx_opset=25)), replace(CPU, onnx_opset=0)) == ""
 
 
 def test_this_machine_is_told_as_it_is() -> None:
