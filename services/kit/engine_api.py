@@ -96,6 +96,27 @@ EngineEvent = JobEvent | Described
 Event = Ready | Heartbeat | EngineEvent
 
 
+# Seconds that an engine process has for its endings.
+END_S = 5.0
+_endings: list[Callable[[], None]] = []
+
+
+def at_end(ending: Callable[[], None]) -> None:
+    """Have `ending` called once when the engine process is asked to end, or its service is gone.
+
+    For what outlives a process, such as a lease. It is called on another thread while a step may be running, may not
+    raise, and has END_S seconds, after which the process ends all the same. One that is killed calls nothing.
+    """
+    if ending not in _endings:
+        _endings.append(ending)
+
+
+def call_endings() -> None:
+    """What the engine process does last."""
+    while _endings:
+        _endings.pop()()
+
+
 class Engine(Protocol):
     """What a service implements. All methods are called on one thread, so an engine needs no locks."""
 

@@ -21,6 +21,7 @@ import structlog
 from services.kit import faults, wire
 from services.kit.admission import Admission, Priority, Ticket
 from services.kit.engine_api import (
+    END_S,
     Cancel,
     Cancelled,
     Command,
@@ -102,6 +103,7 @@ class EngineHost:
         self.info: Raw | None = None
         self.ready = False
         self.on_ready_change: Callable[[bool], None] = lambda ready: None
+        self.on_info_change: Callable[[], None] = lambda: None  # what the engine says of itself, or whether it serves
         self._ready_event = asyncio.Event()
         self._gave_up = asyncio.Event()
         metrics.queue_depth.set_function(lambda: self.admission.waiting_count)
@@ -261,6 +263,7 @@ class EngineHost:
         else:
             self._ready_event.clear()
         self.on_ready_change(ready)
+        self.on_info_change()
 
     async def _supervise(self) -> None:
         backoff_s = _BACKOFF_FIRST_S
@@ -318,6 +321,11 @@ class EngineHost:
             if self._writer is not None:
                 self._writer.close()
                 self._writer = None
+            if self._stopping:
+                # It ends by itself now, and lets go of what would outlive it.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(END_S):
+                        await process.wait()
             with contextlib.suppress(ProcessLookupError):
                 process.kill()
             await process.wait()
@@ -356,6 +364,7 @@ class EngineHost:
                     self._pump()
                 case Described(info):
                     self.info = Raw(bytes(info))
+                    self.on_info_change()
                 case Heartbeat(step_seconds):
                     if step_seconds > self._settings.engine_stall_s:
                         self._last_heard = float("-inf")

@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 from services.kit import wire
 from services.kit.engine_api import (
+    END_S,
     BackgroundEngine,
     Cancel,
     Command,
@@ -26,6 +27,7 @@ from services.kit.engine_api import (
     Heartbeat,
     Ready,
     Submit,
+    call_endings,
 )
 from services.kit.faults import Fault
 
@@ -50,6 +52,7 @@ class _Worker:
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._send_lock = threading.Lock()
         self._step_began: float | None = None
+        self._ending = threading.Lock()
 
     def run(self, create: Callable[[], Engine]) -> None:
         threading.Thread(target=self._read_commands, name="commands", daemon=True).start()
@@ -90,13 +93,25 @@ class _Worker:
             try:
                 self._connection.sendall(frame)
             except OSError:
-                os._exit(0)  # the front is gone
+                self._end()  # the front is gone
 
     def _read_commands(self) -> None:
         while (command := wire.read_command(self._connection)) is not None:
             self._commands.put(command)
         # The front closed the connection or died: nobody waits for what is being computed.
-        os._exit(0)
+        self._end()
+
+    def _end(self) -> None:
+        # The first thread that comes here ends the process; others wait for that.
+        with self._ending:
+            late = threading.Timer(END_S, os._exit, (0,))
+            late.daemon = True
+            late.start()
+            try:
+                call_endings()
+            except Exception:  # noqa: BLE001 - it has to end, whatever was left behind
+                traceback.print_exc()
+            os._exit(0)
 
     def _beat(self) -> None:
         while True:

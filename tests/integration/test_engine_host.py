@@ -188,3 +188,23 @@ async def test_an_engine_that_keeps_crashing_keeps_coming_back(host: EngineHost)
                 [event async for event in job]
         await host.wait_ready()
     assert isinstance((await run(host, Count(count=1)))[-1], Finished)
+
+
+@pytest.mark.parametrize("count", [None, Count(stall_at=2)], ids=["idle", "in a step"])
+async def test_an_engine_lets_go_of_what_outlives_it_when_the_service_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: Count | None
+) -> None:
+    ended = tmp_path / "ended"
+    monkeypatch.setenv("COUNTING_END", str(ended))
+    host = EngineHost(FACTORY, ServiceSettings(engine_stall_s=600.0), slots=1, metrics=Metrics("test"))
+    await host.start()
+    await host.wait_ready()
+    if count is None:
+        await host.stop()
+    else:
+        async with admit(host) as job:
+            job.start(count)
+            await until_running(job)
+            await host.stop()
+    assert ended.exists()
+    assert host.pid is None

@@ -11,15 +11,19 @@ from pathlib import Path
 import msgspec
 
 from services.kit import faults, wire
-from services.kit.engine_api import Accepted, Cancelled, Failed, Finished, JobEvent, Raw, Update
+from services.kit.engine_api import Accepted, Cancelled, Failed, Finished, JobEvent, Raw, Update, at_end
 
 
 class Count(msgspec.Struct):
-    """A job: count to `count`. `hold_at` waits at that number until the file `release` exists."""
+    """A job: count to `count`. `hold_at` waits at that number until the file `release` exists.
+
+    step_ms: what one step takes for all jobs in it together, without the processor, as on a device of its own.
+    """
 
     count: int = 3
     hold_at: int = 0
     release: str = ""
+    step_ms: float = 0.0
     crash_at: int = 0
     stall_at: int = 0
     refuse: bool = False
@@ -61,6 +65,8 @@ class CountingEngine:
 
     def step(self) -> list[JobEvent]:
         events, self._pending = self._pending, []
+        if takes_ms := max((count.step_ms for count, _ in self._jobs.values()), default=0.0):
+            time.sleep(takes_ms / 1000)
         for job, (count, value) in list(self._jobs.items()):
             if value + 1 == count.hold_at and not Path(count.release).exists():
                 time.sleep(0.002)  # busy, like a model that takes its time
@@ -86,6 +92,9 @@ class CountingEngine:
 
 
 def create_engine(settings_json: str) -> CountingEngine:
+    """An engine that leaves a file of its end where the variable COUNTING_END says."""
+    if "COUNTING_END" in os.environ:
+        at_end(Path(os.environ["COUNTING_END"]).touch)
     return CountingEngine()
 
 

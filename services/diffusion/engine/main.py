@@ -29,9 +29,10 @@ from services.diffusion.engine.picture import Picture
 from services.diffusion.engine.shelf import Shelf
 from services.diffusion.settings import MEMORY_SHARE, Settings
 from services.kit import faults
-from services.kit.engine_api import Accepted, Cancelled, EngineEvent, Failed, Finished, Raw, Update
+from services.kit.engine_api import Accepted, Cancelled, EngineEvent, Failed, Finished, Raw, Update, at_end
 from services.kit.faults import Fault
 from services.runtimes import tuning
+from services.runtimes.artifacts import leases
 from services.runtimes.diffusion_sources import ModelError
 from services.runtimes.hardware import detect, free_memory
 
@@ -68,6 +69,7 @@ class DiffusionEngine:
         transformers.utils.logging.set_verbosity_error()
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
+        at_end(leases.end_all)
         hardware = detect()
         tuning.start(hardware, settings.torch_compile)
         dtype = choose_dtype(settings.dtype, hardware)

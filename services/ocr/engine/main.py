@@ -7,7 +7,7 @@ import msgspec
 import torch
 from transformers.utils import logging as transformers_logging
 
-from services.kit.engine_api import Cancelled, EngineEvent, Raw
+from services.kit.engine_api import Cancelled, EngineEvent, Raw, at_end
 from services.ocr import catalog
 from services.ocr.domain import EmbedJob, EngineInfo, LayoutJob, LoadJob, ReadJob, UnloadJob, Work
 from services.ocr.engine.layout import Detector, DetectorMissing
@@ -17,6 +17,7 @@ from services.ocr.engine.sources import on_device
 from services.ocr.engine.turns import Turns
 from services.ocr.settings import MEMORY_SHARE, Settings
 from services.runtimes import tuning
+from services.runtimes.artifacts import leases
 from services.runtimes.checkpoints import CheckpointError
 from services.runtimes.hardware import detect, free_memory
 
@@ -82,6 +83,7 @@ def create_engine(settings_json: str) -> OcrEngine:
     settings = Settings.model_validate_json(settings_json)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    at_end(leases.end_all)
     hardware = detect()
     threads = settings.threads or hardware.core_count
     torch.set_num_threads(threads)

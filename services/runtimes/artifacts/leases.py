@@ -9,6 +9,7 @@ import secrets
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from weakref import WeakSet
 
 import msgspec
 
@@ -19,6 +20,17 @@ log = logging.getLogger(__name__)
 
 # Six renewals may fail in a row, as when an S3 restarts, before a lease counts as its holder's death.
 _RENEWALS = 6
+
+
+# Of this process.
+_everywhere: "WeakSet[Leases]" = WeakSet()
+
+
+def end_all() -> None:
+    """Ends all leases of this process, which is about to end; on any thread. Never raises."""
+    for leases in list(_everywhere):
+        for name in leases.own():
+            leases.end(name)
 
 
 class Lease(msgspec.Struct, frozen=True):
@@ -47,6 +59,7 @@ class Leases:
         self._own: dict[str, bytes] = {}
         self._changed = threading.Condition()
         self._renewer: threading.Thread | None = None
+        _everywhere.add(self)
 
     def live(self) -> list[Lease]:
         """The leases that count."""
@@ -64,6 +77,11 @@ class Leases:
                 self._renewer = threading.Thread(target=self._keep_renewing, name="artifact leases", daemon=True)
                 self._renewer.start()
         return name
+
+    def own(self) -> list[str]:
+        """The names of this process's leases."""
+        with self._changed:
+            return list(self._own)
 
     def end(self, name: str) -> None:
         """Ends a lease of this process. Never raises: one that cannot be removed now ends by its age."""
