@@ -5,10 +5,12 @@ made again. Ends with 1 if one of them failed.
 """
 
 import argparse
+import re
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +32,8 @@ _HALF: Mapping[Target, Mapping[bool, ArtifactPrecision]] = {
     "openvino": {True: "bfloat16", False: "float16"},
 }
 _INT8: Mapping[Target, ArtifactPrecision] = {"onnx": "int8_dynamic", "openvino": "int8_weight_only"}
+# As services.compiler.work writes its progress; libraries write to the same place.
+_PROGRESS = re.compile(r"\d+/\d+ [a-z]+: ")
 # The checks that judge the model as a whole.
 _QUALITY = ("texts that differ", "rise of the character error rate", "PSNR of pictures")
 
@@ -89,18 +93,36 @@ def table(rows: Sequence[Row]) -> str:
     )
 
 
-def compile_one(model: str, source: str, target: Target, precision: ArtifactPrecision, location: str) -> Row:
-    """In a process of its own; its progress goes to stderr."""
+def compile_one(
+    model: str, source: str, target: Target, precision: ArtifactPrecision, location: str, show: Callable[[str], None]
+) -> Row:
+    """In a process of its own. show: called with each line of its progress as it comes, such as "2/8 exporting: …"."""
     began = time.monotonic()
     command = [sys.executable, "-m", "services.compiler.work", model, source, "--to", target]
     command += ["--precision", precision, "--store", location]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
-    seconds = time.monotonic() - began
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"it ended with exit code {done.returncode}"]
-        return Row(model, target, precision, None, said[-1], seconds)
-    stored = open_store(location).get(done.stdout.split()[-1])
-    return Row(model, target, precision, stored, "", seconds)
+    last = ""
+    with (
+        tempfile.TemporaryFile("w+") as answer,
+        subprocess.Popen(
+            command, cwd=Path(__file__).parents[2], stdout=answer, stderr=subprocess.PIPE, text=True, errors="replace"
+        ) as process,
+    ):
+        assert process.stderr is not None
+        for line in map(str.strip, process.stderr):
+            if _PROGRESS.match(line):
+                show(line)
+            last = line or last
+        code = process.wait()
+        seconds = time.monotonic() - began
+        if code:
+            return Row(model, target, precision, None, last or f"it ended with exit code {code}", seconds)
+        answer.seek(0)
+        artifact_id = answer.read().split()[-1]
+    return Row(model, target, precision, open_store(location).get(artifact_id), "", seconds)
+
+
+def _show(line: str) -> None:
+    print(f"  {line}", flush=True)
 
 
 def main() -> None:
@@ -122,7 +144,7 @@ def main() -> None:
     for model in options.models:
         for target, precision in wanted(any("bf16" in feature for feature in machine(detect()).features)):
             print(f"· {model} to {target}, {precision}", flush=True)
-            row = compile_one(model, sources[model], target, precision, location)
+            row = compile_one(model, sources[model], target, precision, location, _show)
             rows.append(row)
             print(f"  {quality(row.stored.manifest) if row.stored else row.error}", flush=True)
     failed = sum(row.stored is None for row in rows)
