@@ -66,7 +66,7 @@ lock:  ## Write requirements/*.txt anew from pyproject.toml
 
 clean: down  ## Remove the environment and everything generated
 	@rm -rf $(VENV) .run build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
-	@rm -rf inkwell/common inkwell/compiler inkwell/diffusion inkwell/gateway inkwell/ocr inkwell/operations
+	@rm -rf inkwell/common inkwell/compiler inkwell/diffusion inkwell/endpoint inkwell/gateway inkwell/ocr inkwell/operations
 
 # --- the environment ---
 

@@ -5,8 +5,10 @@ State and logs of `up` are kept in .run/: `up.json` names the processes, `<servi
 """
 
 import argparse
+import importlib.util
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -110,10 +112,18 @@ def free_ports(count: int) -> list[int]:
 
 
 def hardware_label() -> str:
-    """The hardware of this machine without loading torch for it: "cuda", "rocm" or "cpu"."""
-    if Path("/dev/nvidiactl").exists():
-        return "cuda"
-    return "rocm" if Path("/dev/kfd").exists() else "cpu"
+    """The hardware that services here run on, without loading torch for it: "cuda", "rocm" or "cpu"."""
+    devices = (("cuda", Path("/dev/nvidiactl"), "cuda"), ("rocm", Path("/dev/kfd"), "hip"))
+    return next((label for label, device, build in devices if device.exists() and _torch_has(build)), "cpu")
+
+
+def _torch_has(build: str) -> bool:
+    # What torch.version says of the build: a torch for the CPU does not see the card.
+    found = importlib.util.find_spec("torch")
+    if found is None or found.origin is None:
+        return False
+    said = Path(found.origin).with_name("version.py").read_text("utf-8")
+    return re.search(rf"^{build}\b[^=]*= *['\"]", said, re.MULTILINE) is not None
 
 
 def address(ports: dict[str, tuple[int, int]], name: str) -> str:

@@ -9,11 +9,13 @@ import grpc
 from pydantic import ValidationError
 
 from inkwell.compiler.v1 import compiler_pb2, compiler_pb2_grpc
+from services.compiler import reporting
 from services.compiler.compiling import Compiler
 from services.compiler.servicer import CompilerServicer
 from services.compiler.settings import Settings
-from services.kit import operations
+from services.kit import operations, report
 from services.kit.metrics import Metrics
+from services.kit.report import Reporter
 from services.kit.server import READINESS, Health, ServiceServer, run
 from services.runtimes.artifacts.errors import StoreError
 from services.runtimes.artifacts.store import open_store
@@ -25,15 +27,16 @@ def build(settings: Settings) -> ServiceServer:
     store = open_store(settings.artifact_store)
     compiler = Compiler(settings, store, metrics)
     servicer = CompilerServicer(compiler, store, settings)
+    reporter = Reporter("compiler")
     own_name = compiler_pb2.DESCRIPTOR.services_by_name["CompilerService"].full_name
 
     def register(server: grpc.aio.Server) -> list[str]:
         compiler_pb2_grpc.add_CompilerServiceServicer_to_server(servicer, server)
-        return [own_name, *operations.register(server, compiler.operations)]
+        return [own_name, *operations.register(server, compiler.operations), report.register(server, reporter)]
 
     @contextlib.asynccontextmanager
     async def lifespan(health: Health) -> AsyncIterator[None]:
-        async with compiler.operations:
+        async with compiler.operations, reporter.following(lambda: reporting.describe(compiler, settings)):
             collecting = asyncio.create_task(compiler.collect(), name="collect")
             metrics.ready.set(1)
             for name in ("", READINESS, own_name):

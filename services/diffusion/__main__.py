@@ -1,13 +1,18 @@
 """`python -m services.diffusion`: settings, engine host, servicer, serve."""
 
+import contextlib
+from collections.abc import AsyncIterator
+
 import grpc
 
 from inkwell.diffusion.v1 import diffusion_pb2, diffusion_pb2_grpc
 from services.diffusion.servicer import DiffusionServicer
 from services.diffusion.settings import Settings
+from services.kit import report
 from services.kit.engine_host import EngineHost
 from services.kit.metrics import Metrics
-from services.kit.server import ServiceServer, run
+from services.kit.report import Reporter
+from services.kit.server import Health, ServiceServer, run
 
 ENGINE_FACTORY = "services.diffusion.engine.main:create_engine"
 
@@ -17,12 +22,22 @@ def build(settings: Settings) -> ServiceServer:
     metrics = Metrics("diffusion")
     host = EngineHost(ENGINE_FACTORY, settings, slots=settings.max_concurrent_calls, metrics=metrics)
     servicer = DiffusionServicer(settings, host, metrics)
+    reporter = Reporter("diffusion")
+    host.on_info_change = reporter.look_again
 
     def register(server: grpc.aio.Server) -> list[str]:
         diffusion_pb2_grpc.add_DiffusionServiceServicer_to_server(servicer, server)
-        return [diffusion_pb2.DESCRIPTOR.services_by_name["DiffusionService"].full_name]
+        return [
+            diffusion_pb2.DESCRIPTOR.services_by_name["DiffusionService"].full_name,
+            report.register(server, reporter),
+        ]
 
-    return ServiceServer("diffusion", settings, metrics=metrics, host=host, register=register)
+    @contextlib.asynccontextmanager
+    async def lifespan(health: Health) -> AsyncIterator[None]:
+        async with reporter.following(servicer.report):
+            yield
+
+    return ServiceServer("diffusion", settings, metrics=metrics, host=host, register=register, lifespan=lifespan)
 
 
 def main() -> None:

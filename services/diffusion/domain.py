@@ -6,6 +6,8 @@ from typing import Literal
 
 import msgspec
 
+from services.kit.device import Device
+
 MEDIA_TYPES = ("image/png", "image/jpeg", "image/webp")
 SEED_MOST = 2**32 - 1
 
@@ -464,6 +466,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     precision: str = "float32"  # an ArtifactPrecision: what weights are computed with
     artifact: str = ""  # id of the artifact that it runs from; "" for the checkpoint itself
     largest_side_px: int = 0  # that its graphs were built for; 0 for any
+    version: str = ""  # changes when the weights do
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
@@ -473,6 +476,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     runtime: str
     models: tuple[ModelInfo, ...]  # those that are loaded
     loading: tuple[str, ...] = ()  # names of those that are being loaded or wait for it
+    device: Device = Device()
 
     def model(self, name: str) -> ModelInfo | None:
         """The model of that name, None if there is none."""

@@ -6,9 +6,11 @@ from typing import get_args
 
 from inkwell.common.v1 import common_pb2
 from inkwell.diffusion.v1 import diffusion_pb2 as pb
+from inkwell.endpoint.v1 import endpoint_pb2
 from services.diffusion.domain import Loading, LoadJob, ModelState, Runtime
 from services.diffusion.models import ListedModel
-from services.kit import faults
+from services.kit import faults, report
+from services.kit.device import Device
 
 _STATES: dict[ModelState, common_pb2.ModelState.ValueType] = {
     "loading": common_pb2.MODEL_STATE_LOADING,
@@ -27,6 +29,25 @@ _ARTIFACT = re.compile(r"[0-9a-f]{8,64}")
 def models(listed: Sequence[ListedModel]) -> pb.ListModelsResponse:
     """The known models, the default one first."""
     return pb.ListModelsResponse(models=[model(one) for one in listed])
+
+
+def to_report(device: Device, listed: Sequence[ListedModel]) -> endpoint_pb2.Report:
+    """What the service says of itself to whoever routes to it."""
+    return endpoint_pb2.Report(
+        hardware=report.hardware(device),
+        runtimes=device.runtimes,
+        models=[
+            endpoint_pb2.Model(
+                name=one.name,
+                version=one.info.version if one.info is not None else "",
+                runtime=one.info.runtime.partition(" ")[0] if one.info is not None else "",
+                loaded=one.state == "ready",
+                memory_bytes=one.info.memory_bytes if one.info is not None else 0,
+                is_default=one.is_default,
+            )
+            for one in listed
+        ],
+    )
 
 
 def model(listed: ListedModel) -> pb.Model:

@@ -9,6 +9,7 @@ from services.diffusion import catalog
 from services.diffusion.domain import EngineInfo, Loading, LoadJob, ModelInfo, ModelState, UnloadJob
 from services.diffusion.settings import ModelSettings, Settings
 from services.kit import faults
+from services.kit.device import Device
 from services.kit.engine_api import Finished, Raw, Update
 from services.kit.engine_host import EngineHost, engine_not_ready
 
@@ -94,6 +95,10 @@ class Models:
         return ListedModel(
             info.name, "ready", is_default, info.file_bytes, info.vaes, info, engine.hardware, info.runtime
         )
+
+    def device(self) -> Device:
+        """What the engine computes on; unknown before it said so."""
+        return Device() if self._host.info is None else self.engine_info().device
 
     async def listed(self) -> list[ListedModel]:
         """Every known model, and those that are loaded though their folder is gone; the default one first."""

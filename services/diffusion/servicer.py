@@ -12,12 +12,13 @@ from prometheus_client import Histogram
 
 from inkwell.diffusion.v1 import diffusion_pb2 as pb
 from inkwell.diffusion.v1 import diffusion_pb2_grpc
+from inkwell.endpoint.v1 import endpoint_pb2
 from services.diffusion import converters, limits, listing, model_converters, preprocessor_table
 from services.diffusion.domain import JobUpdate, ModelInfo, Painted, PaintJob, PreviewPainted, StepDone
 from services.diffusion.models import Models
 from services.diffusion.scheduler_table import TABLE
 from services.diffusion.settings import Settings
-from services.kit.call import label_call, priority_of, time_left
+from services.kit.call import label_call, priority_of, send_header, time_left
 from services.kit.engine_api import Accepted, Finished, Update
 from services.kit.engine_host import EngineHost
 from services.kit.job import Job, Queued
@@ -53,6 +54,10 @@ class DiffusionServicer(diffusion_pb2_grpc.DiffusionServiceServicer):
         )
         self._decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
 
+    async def report(self) -> endpoint_pb2.Report:
+        """What the service says of itself to whoever routes to it."""
+        return model_converters.to_report(self._models.device(), await self._models.listed())
+
     async def Generate(
         self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateResponse]:
@@ -63,7 +68,12 @@ class DiffusionServicer(diffusion_pb2_grpc.DiffusionServiceServicer):
         refiner = None
         if asked.refiner is not None and asked.refiner.model:
             refiner = await self._models.chosen(asked.refiner.model, field="refiner.model")
-        label_call(model=model.name, hardware=self._models.engine_info().hardware)
+        label_call(
+            model=model.name,
+            hardware=self._models.engine_info().hardware,
+            runtime=model.runtime.partition(" ")[0],
+            version=model.version,
+        )
         # On a thread: pictures are decoded, and files of styles and wildcards are read.
         job = await asyncio.get_running_loop().run_in_executor(
             self._decoders, limits.resolve, asked, model, self._settings, refiner
@@ -71,7 +81,7 @@ class DiffusionServicer(diffusion_pb2_grpc.DiffusionServiceServicer):
         cost = limits.cost(job, model)
         sequence = 0
         async with self._host.admit(priority=priority, time_left_s=time_left_s, cost=cost) as admitted:
-            await context.send_initial_metadata(())
+            await send_header(context)
             admitted.start(job)
             first = True
             async for response in self._responses(admitted, job):
@@ -98,7 +108,7 @@ class DiffusionServicer(diffusion_pb2_grpc.DiffusionServiceServicer):
             async for event in course:
                 if not sequence:
                     # Only now: a refusal that comes without headers may be retried by the client's own policy.
-                    await context.send_initial_metadata(())
+                    await send_header(context)
                 if isinstance(event, ModelInfo):
                     response = model_converters.load_result(self._models.loaded(event))
                 else:

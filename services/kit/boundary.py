@@ -18,7 +18,7 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from services.kit import errors, faults
-from services.kit.call import CallLabels, current_labels
+from services.kit.call import CallLabels, current_labels, send_header
 from services.kit.faults import Fault
 from services.kit.metrics import Metrics
 
@@ -27,7 +27,7 @@ log = structlog.get_logger(__name__)
 REQUEST_ID_KEY = "x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # Infrastructure calls: answered while draining, neither counted nor logged.
-_UNCOUNTED = ("/grpc.health.", "/grpc.reflection.", "/grpc.channelz.")
+_UNCOUNTED = ("/grpc.health.", "/grpc.reflection.", "/grpc.channelz.", "/inkwell.endpoint.")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,13 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         async def to_one(request: Any, context: grpc.aio.ServicerContext) -> Any:
             async with self._call(method, request_id, context):
                 behaviour = handler.stream_unary if handler.request_streaming else handler.unary_unary
-                return await behaviour(_checked(request, handler.request_streaming), context)
+                reply = await behaviour(_checked(request, handler.request_streaming), context)
+                labels = current_labels.get()
+                if labels.served and not labels.header_sent:
+                    # Fails when the caller is gone, and grpc.aio is about to cancel this handler for it.
+                    with contextlib.suppress(grpc.aio.InternalError):
+                        await send_header(context)
+                return reply
 
         async def to_stream(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
             async with self._call(method, request_id, context):

@@ -2,6 +2,7 @@
 
 import contextvars
 from dataclasses import dataclass
+from urllib.parse import quote
 
 import grpc
 
@@ -9,6 +10,11 @@ from services.kit import faults
 from services.kit.admission import Priority
 
 PRIORITY_KEY = "inkwell-priority"
+# In a reply's header: which model answered, from which weights, and what computed it.
+MODEL_KEY = "inkwell-model"
+MODEL_VERSION_KEY = "inkwell-model-version"
+RUNTIME_KEY = "inkwell-runtime"
+_PLAIN = "".join(chr(c) for c in range(0x20, 0x7F) if chr(c) != "%")
 
 
 @dataclass
@@ -18,16 +24,37 @@ class CallLabels:
     model: str = ""
     hardware: str = ""
     method: str = ""  # instead of the call's own path, where a handler takes paths that callers make up
+    served: tuple[tuple[str, str], ...] = ()  # what the reply's header says of the model
+    header_sent: bool = False
 
 
 current_labels: contextvars.ContextVar[CallLabels] = contextvars.ContextVar("inkwell_call_labels")
 
 
-def label_call(*, model: str, hardware: str) -> None:
-    """Name the model and hardware that serve the current call, for its metrics and log line."""
+def label_call(*, model: str, hardware: str, runtime: str = "", version: str = "") -> None:
+    """Name the model and hardware that serve the current call, for its metrics, its log line and the reply's header.
+
+    runtime: what computes the model, such as "torch"; version: of its weights. The header has both, or neither.
+    """
     labels = current_labels.get(None)
     if labels is not None:
         labels.model, labels.hardware = model, hardware
+        if runtime:
+            named = ((MODEL_KEY, model), (MODEL_VERSION_KEY, version), (RUNTIME_KEY, runtime))
+            # Names come from folders, and a header is ASCII.
+            labels.served = tuple((key, quote(value, safe=_PLAIN)) for key, value in named if value)
+
+
+async def send_header(context: grpc.aio.ServicerContext) -> None:
+    """Send the reply's header now, with what `label_call` said; the boundary sends that of a unary reply by itself.
+
+    Not before the call is admitted: a refusal that comes without a header may be retried by the client's own policy.
+    """
+    labels = current_labels.get(None)
+    served: tuple[tuple[str, str], ...] = ()
+    if labels is not None:
+        labels.header_sent, served = True, labels.served
+    await context.send_initial_metadata(served)
 
 
 def label_method(label: str) -> None:

@@ -8,8 +8,10 @@ import grpc
 from pydantic import ValidationError
 
 from inkwell.ocr.v1 import ocr_pb2, ocr_pb2_grpc
+from services.kit import report
 from services.kit.engine_host import EngineHost
 from services.kit.metrics import Metrics
+from services.kit.report import Reporter
 from services.kit.server import Health, ServiceServer, run
 from services.ocr.servicer import OcrServicer
 from services.ocr.settings import Settings
@@ -22,15 +24,18 @@ def build(settings: Settings) -> ServiceServer:
     metrics = Metrics("ocr")
     host = EngineHost(ENGINE_FACTORY, settings, slots=settings.max_jobs, metrics=metrics)
     servicer = OcrServicer(host, settings, metrics)
+    reporter = Reporter("ocr")
+    host.on_info_change = reporter.look_again
 
     def register(server: grpc.aio.Server) -> list[str]:
         ocr_pb2_grpc.add_OcrServiceServicer_to_server(servicer, server)
-        return [ocr_pb2.DESCRIPTOR.services_by_name["OcrService"].full_name]
+        return [ocr_pb2.DESCRIPTOR.services_by_name["OcrService"].full_name, report.register(server, reporter)]
 
     @contextlib.asynccontextmanager
     async def lifespan(health: Health) -> AsyncIterator[None]:
         try:
-            yield
+            async with reporter.following(servicer.report):
+                yield
         finally:
             servicer.close()
 

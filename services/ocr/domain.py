@@ -4,6 +4,8 @@ from typing import Literal
 
 import msgspec
 
+from services.kit.device import Device
+
 # Rows one search may use; the contract names the same range.
 BEAM_WIDTH_MOST = 16
 LENGTH_PENALTY_MOST = 5.0
@@ -187,6 +189,7 @@ class ModelInfo(msgspec.Struct, frozen=True):
     embedding_token_count: int = 0  # states an image, of embedding_width each
     has_class_token: bool = True  # whether the first state stands for the whole image
     artifact: str = ""  # id of the artifact that it runs from; "" for the checkpoint itself
+    version: str = ""  # changes when the weights do
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
@@ -194,6 +197,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
 
     models: tuple[ModelInfo, ...]  # those that are loaded
     loading: tuple[str, ...] = ()  # names of those that are being loaded or wait for it
+    device: Device = Device()
 
     def find(self, name: str) -> ModelInfo | None:
         """The model of that name, the default one for an empty name; None when there is none."""

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from typing import get_args
 
 from inkwell.common.v1 import common_pb2
+from inkwell.endpoint.v1 import endpoint_pb2
 from inkwell.ocr.v1 import ocr_pb2
-from services.kit import faults
+from services.kit import faults, report
+from services.kit.device import Device
 from services.ocr.converters import decoding_options
 from services.ocr.domain import (
     Embedding,
@@ -91,6 +93,25 @@ def model(listed: ListedModel) -> ocr_pb2.Model:
         message.precision = _PRECISIONS_OUT[info.precision]
         message.artifact = info.artifact
     return message
+
+
+def to_report(device: Device, listed: Sequence[ListedModel]) -> endpoint_pb2.Report:
+    """What the service says of itself to whoever routes to it."""
+    return endpoint_pb2.Report(
+        hardware=report.hardware(device),
+        runtimes=device.runtimes,
+        models=[
+            endpoint_pb2.Model(
+                name=one.name,
+                version=one.info.version if one.info is not None else "",
+                runtime=one.info.runtime if one.info is not None else "",
+                loaded=one.state == "ready",
+                memory_bytes=one.info.weight_bytes if one.info is not None else 0,
+                is_default=one.is_default,
+            )
+            for one in listed
+        ],
+    )
 
 
 def loaded(info: ModelInfo) -> ocr_pb2.Model:

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 import msgspec
 
 from services.kit import faults
+from services.kit.device import Device
 from services.kit.engine_api import Finished, Raw, Update
 from services.kit.engine_host import EngineHost, engine_not_ready
 from services.ocr import catalog, languages
@@ -91,6 +92,10 @@ class Models:
         if name in models:
             return models[name]
         return ListedModel(name, "unloaded", False, (), 0, self._remembered.get(name))  # its folder is gone
+
+    def device(self) -> Device:
+        """What the engine computes on; unknown before it said so."""
+        return Device() if self._host.info is None else self.engine_info().device
 
     async def listed(self) -> list[ListedModel]:
         """Every known model, and those that are loaded though their folder is gone; the default one first."""

@@ -13,10 +13,11 @@ import structlog
 from prometheus_client import Counter, Histogram
 
 from inkwell.common.v1 import common_pb2
+from inkwell.endpoint.v1 import endpoint_pb2
 from inkwell.ocr.v1 import ocr_pb2, ocr_pb2_grpc
 from services.kit import errors, faults
 from services.kit.admission import Priority
-from services.kit.call import label_call, priority_of, time_left
+from services.kit.call import label_call, priority_of, send_header, time_left
 from services.kit.engine_api import Accepted, Finished, Update
 from services.kit.engine_host import EngineHost, engine_not_ready
 from services.kit.faults import Fault
@@ -79,6 +80,10 @@ class OcrServicer(ocr_pb2_grpc.OcrServiceServicer):
         """Let go of the decoding threads."""
         self._decoders.shutdown(wait=False, cancel_futures=True)
 
+    async def report(self) -> endpoint_pb2.Report:
+        """What the service says of itself to whoever routes to it."""
+        return model_converters.to_report(self._models.device(), await self._models.listed())
+
     async def Recognize(
         self, request: ocr_pb2.RecognizeRequest, context: grpc.aio.ServicerContext
     ) -> ocr_pb2.RecognizeResponse:
@@ -92,7 +97,7 @@ class OcrServicer(ocr_pb2_grpc.OcrServiceServicer):
         sequence = 0
         async with self._admitted(request, caller, partials=True) as (model, job):
             # Only now: a refusal that comes without headers may be retried by the client's own policy.
-            await context.send_initial_metadata(())
+            await send_header(context)
             async for event in job:
                 response = self._stream_response(event, model, job)
                 sequence += 1
@@ -105,7 +110,7 @@ class OcrServicer(ocr_pb2_grpc.OcrServiceServicer):
         caller = _Caller(priority_of(context), context)
         if not self._host.ready:
             raise engine_not_ready()  # the whole stream, so that it can be sent elsewhere
-        await context.send_initial_metadata(())
+        await send_header(context)
         answers: asyncio.Queue[ocr_pb2.BatchRecognizeResponse | None] = asyncio.Queue()
         # The next item is taken off the stream only when one before it was answered and the answer taken, so that
         # HTTP/2 flow control reaches a client that sends faster than lines are read, or does not listen.
@@ -127,7 +132,7 @@ class OcrServicer(ocr_pb2_grpc.OcrServiceServicer):
         self, request: ocr_pb2.ReadDocumentRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[ocr_pb2.ReadDocumentResponse]:
         async def admit() -> None:
-            await context.send_initial_metadata(())
+            await send_header(context)
 
         caller = DocumentCaller(priority_of(context), time_left(context), admit)
         model = await self._model_of(request)
@@ -153,7 +158,7 @@ class OcrServicer(ocr_pb2_grpc.OcrServiceServicer):
         async with contextlib.aclosing(self._models.load(job)) as course:
             async for event in course:
                 if not sequence:
-                    await context.send_initial_metadata(())
+                    await send_header(context)
                 if isinstance(event, ModelInfo):
                     elapsed_ms = (time.monotonic() - began) * 1000
                     response = model_converters.load_result(event, elapsed_ms=elapsed_ms)
@@ -259,7 +264,7 @@ class OcrServicer(ocr_pb2_grpc.OcrServiceServicer):
         """The model that a request means, loaded first if it is not; raises Fault."""
         hints = () if isinstance(request, ocr_pb2.EmbedRequest) else request.language_hints
         model = await self._models.chosen(request.model, hints)
-        label_call(model=model.name, hardware=model.hardware)
+        label_call(model=model.name, hardware=model.hardware, runtime=model.runtime, version=model.version)
         return model
 
     # --- many lines ---

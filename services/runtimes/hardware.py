@@ -19,6 +19,7 @@ class Hardware:
     name: str  # for people, such as "NVIDIA L4"
     memory_bytes: int  # on the device; for cpu, of the machine
     core_count: int  # CPU cores that this process may use
+    compute_capability: str = ""  # of NVIDIA devices, such as "8.9"
 
 
 def detect() -> Hardware:
@@ -31,7 +32,8 @@ def detect() -> Hardware:
             properties = torch.cuda.get_device_properties(0)
             # ROCm builds of torch answer through the cuda namespace; torch.version.hip tells them apart.
             label = "rocm" if torch.version.hip else "cuda"
-            return Hardware(label, "cuda:0", properties.name, properties.total_memory, cores)
+            capability = "" if torch.version.hip else f"{properties.major}.{properties.minor}"
+            return Hardware(label, "cuda:0", properties.name, properties.total_memory, cores, capability)
         if hasattr(torch, "xpu") and torch.xpu.is_available():
             xpu = torch.xpu.get_device_properties(0)
             return Hardware("xpu", "xpu:0", xpu.name, xpu.total_memory, cores)

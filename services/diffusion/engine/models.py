@@ -17,7 +17,7 @@ from services.diffusion.engine.conditioning import Conditioner
 from services.diffusion.engine.previews import Previews
 from services.diffusion.engine.schedulers import Schedulers
 from services.diffusion.settings import ModelSettings
-from services.runtimes import diffusion_graphs, graph_diffusion, tuning
+from services.runtimes import diffusion_graphs, graph_diffusion, model_version, tuning
 from services.runtimes import diffusion_sources as sources
 from services.runtimes import torch_diffusion as loading
 from services.runtimes.artifacts.manifest import Manifest
@@ -206,6 +206,9 @@ class LoadedModel:
             runtime=manifest.runtime if manifest is not None else f"torch {torch.__version__}",
             precision=manifest.precision if manifest is not None else str(self._dtype).removeprefix("torch."),
             artifact=self._in_use.stored.id if self._in_use is not None else "",
+            version=model_version.of_artifact(self._in_use.stored.id)
+            if self._in_use is not None
+            else model_version.of_checkpoint(source.file or source.folder),
             largest_side_px=_largest_side_px(manifest, _pixels_a_latent(self.pipeline.vae)),
             memory_bytes=sum(
                 weight.numel() * weight.element_size()

@@ -29,7 +29,7 @@ from services.diffusion.settings import Settings
 from services.kit import faults
 from services.kit.engine_api import Accepted, Described, EngineEvent, Failed, Finished, Raw, Update
 from services.kit.faults import Fault
-from services.runtimes import eviction
+from services.runtimes import device, eviction
 from services.runtimes.diffusion_sources import ModelError
 from services.runtimes.hardware import Hardware
 
@@ -85,6 +85,7 @@ class Shelf:
         self.wake: Callable[[], None] = lambda: None
         self._settings = settings
         self._hardware = hardware
+        self._device = device.describe(hardware)
         self._loader = Loader(settings, hardware, dtype, warm)
         self._limit = limit
         self._held: dict[str, _Held] = {}
@@ -110,6 +111,7 @@ class Shelf:
             f"torch {torch.__version__}",
             tuple(held.model.info for held in self._held.values()),
             tuple(dict.fromkeys(load.name for load in self._loads)),
+            self._device,
         )
 
     def model(self, name: str) -> LoadedModel:

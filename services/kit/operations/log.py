@@ -5,7 +5,9 @@ still has that token, so a run that was given up elsewhere, or cancelled, can sa
 operation's events 1, 2, 3 … without gaps, and lets it end once.
 """
 
+import contextlib
 import time
+import uuid
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -84,6 +86,9 @@ class Log:
             sa.Column("id", sa.Text, primary_key=True),
             sa.Column("beat_ms", sa.BigInteger, nullable=False),  # when it last said that it lives; 0 once it is gone
         )
+        self._store = sa.Table(
+            "inkwell_store", metadata, sa.Column("one", sa.Integer, primary_key=True), sa.Column("id", sa.Text)
+        )
         self._metadata = metadata
 
     def create(self) -> None:
@@ -92,6 +97,14 @@ class Log:
             if self._schema is not None:
                 c.execute(sa.schema.CreateSchema(self._schema, if_not_exists=True))
             self._metadata.create_all(c)
+
+    def store_id(self) -> str:
+        """An id of these tables, the same for every process that uses them."""
+        s = self._store
+        with self._engine.begin() as c:
+            with contextlib.suppress(sa.exc.IntegrityError), c.begin_nested():  # there since an earlier start
+                c.execute(sa.insert(s).values(one=1, id=uuid.uuid4().hex))
+            return str(c.scalar(sa.select(s.c.id)))
 
     def close(self) -> None:
         """Close the connections."""

@@ -61,6 +61,7 @@ class Operations:
         self._watchers: dict[str, set[asyncio.Event]] = {}
         self._seen: dict[str, int] = {}  # sequences at the last look, of what is watched
         self._draining = False
+        self.store_id = ""  # of the database, once it runs: who has the same knows the same operations
         self._exits = contextlib.AsyncExitStack()
         self._log: Log
         self._runs: Runs
@@ -83,6 +84,7 @@ class Operations:
                 self._log = Log(self._url, schema=self._schema)
                 exits.callback(self._log.close)
                 await self._caller.call(self._log.create)
+                self.store_id = await self._caller.call(self._log.store_id)
                 if self._file is not None:
                     await self._caller.call(self._log.retire_all)  # the lock says that nobody else is there
                 await self._caller.call(self._log.beat, self._process)

@@ -27,7 +27,7 @@ from services.ocr.engine.calibration import Calibration, CalibrationError
 from services.ocr.engine.calibration import read as read_calibration
 from services.ocr.engine.sources import Source, on_device, open_source
 from services.ocr.settings import Settings
-from services.runtimes import torch_trocr, trocr_graphs
+from services.runtimes import model_version, torch_trocr, trocr_graphs
 from services.runtimes.checkpoints import CheckpointError
 from services.runtimes.hardware import Hardware
 from services.runtimes.trocr_rows import Networks
@@ -193,6 +193,7 @@ def _reading(
             has_class_token=networks.has_class_token,
             confidence_calibrated=calibration is not None,
             artifact=source.artifact,
+            version=model_version.of_artifact(source.artifact) or model_version.of_checkpoint(folder),
         ),
         networks=networks,
         start_id=start_id,

@@ -27,9 +27,9 @@ from services.ocr.domain import EmbedJob, EngineInfo, Loading, LoadJob, ReadJob,
 from services.ocr.engine.embedding import Embedder
 from services.ocr.engine.lane import Lane
 from services.ocr.engine.loading import Checked, Desk, Loader, fault_of
-from services.ocr.engine.sources import Wanted
+from services.ocr.engine.sources import Wanted, on_device
 from services.ocr.settings import Settings
-from services.runtimes import eviction
+from services.runtimes import device, eviction
 from services.runtimes.checkpoints import CheckpointError
 from services.runtimes.hardware import Hardware
 
@@ -63,6 +63,7 @@ class Shelf:
         self.wake: Callable[[], None] = lambda: None
         self._settings = settings
         self._loader = Loader(settings, hardware)
+        self._device = device.describe(on_device(hardware, settings))
         self._limit = limit
         self._retiring: list[Desk] = []  # replaced by the same model in another precision, finishing their jobs
         self._loads: deque[_Load] = deque()  # the first is under way
@@ -79,7 +80,9 @@ class Shelf:
     def info(self) -> EngineInfo:
         """The loaded models and those that will be."""
         return EngineInfo(
-            tuple(desk.info for desk in self.desks.values()), tuple(dict.fromkeys(load.name for load in self._loads))
+            tuple(desk.info for desk in self.desks.values()),
+            tuple(dict.fromkeys(load.name for load in self._loads)),
+            self._device,
         )
 
     def working(self) -> Iterator[Lane | Embedder]:
