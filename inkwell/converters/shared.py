@@ -5,6 +5,7 @@ import dataclasses
 import enum
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
@@ -38,6 +39,9 @@ def served_by(metadata: Iterable[tuple[str, str | bytes]] | None) -> types.Serve
         hardware=told.get("inkwell-hardware", ""),
         pool=told.get("inkwell-pool", ""),
         endpoint=told.get("inkwell-endpoint", ""),
+        runtime=told.get("inkwell-runtime", ""),
+        model=unquote(told.get("inkwell-model", "")),
+        model_version=told.get("inkwell-model-version", ""),
     )
 
 

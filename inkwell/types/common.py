@@ -21,12 +21,15 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class ServedBy:
-    """Who did the work; what nobody told is empty. Only a gateway names pools, only streams name the runtime."""
+    """Who did the work; what nobody told is empty. Only a gateway names pools."""
 
     hardware: str = ""
     runtime: str = ""
     pool: str = ""
     endpoint: str = ""
+    model: str = ""
+    model_version: str = ""
+    """Changes when the model's weights do."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,8 @@ class EndpointState(enum.StrEnum):
     CONNECTING = "connecting"
     READY = "ready"
     NOT_READY = "not_ready"
+    NOT_SELECTED = "not_selected"
+    """Ready, but not what its pool is for."""
     UNREACHABLE = "unreachable"
 
 
@@ -213,6 +215,16 @@ class Endpoint:
     call_count: int
     unavailable_count: int
     last_error: str
+    device: str = ""
+    """What it reports of itself, as all below: for people, such as "NVIDIA L4"; empty if it reports nothing."""
+    memory_bytes: int = 0
+    compute_capability: str = ""
+    """Of NVIDIA devices, such as "8.9"."""
+    runtimes: tuple[str, ...] = ()
+    loaded_models: tuple[str, ...] = ()
+    """As NAME@VERSION."""
+    version: str = ""
+    """Of Inkwell, that it runs."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,17 +3,26 @@
 import re
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import pydantic
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from services.gateway.methods import FULL_NAMES
+from services.gateway.methods import FULL_NAMES, METHODS
 from services.gateway.preference import LABELS
+from services.gateway.selectors import Pattern, Requirements
 
 _HOST = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,252})|\[[0-9A-Fa-f:.]+(?:%[\w.-]+)?\]"
 _TARGET = re.compile(rf"(?P<dns>dns:///)?(?P<host>{_HOST}):(?P<port>[0-9]{{1,5}})")
+# Names as Kubernetes has them: DNS labels; a port by its number or by its name in the Service.
+_K8S_NAME = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
+_K8S_TARGET = re.compile(
+    rf"k8s:///(?P<namespace>{_K8S_NAME})/(?P<service>{_K8S_NAME}):(?:(?P<port>[0-9]{{1,5}})|(?P<port_name>{_K8S_NAME}))"
+)
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 class ConfigError(ValueError):
@@ -26,9 +35,11 @@ class Target(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     text: str  # as written
-    host: str  # without brackets
-    port: int
-    resolve: bool  # look the name up again and again, and use each address on its own
+    host: str  # without brackets; of Kubernetes the Service
+    port: int  # 0 if it goes by its name
+    resolve: bool = False  # look the name up again and again, and use each address on its own
+    namespace: str = ""  # of Kubernetes, whose EndpointSlices say where the endpoints are
+    port_name: str = ""
 
     @property
     def address(self) -> str:
@@ -42,13 +53,21 @@ def join_address(host: str, port: int) -> str:
 
 
 def parse_target(text: str) -> Target:
-    """Read "dns:///host:port" or "host:port"; raises ValueError that says what is accepted."""
-    match = _TARGET.fullmatch(text)
+    """Read "host:port", "dns:///host:port" or "k8s:///namespace/service:port"; raises ValueError that says so."""
+    k8s = _K8S_TARGET.fullmatch(text)
+    match = k8s or _TARGET.fullmatch(text)
     if match is None:
-        raise ValueError(f"{text!r} is not a target; accepted: 'host:port', '[ipv6]:port' or 'dns:///host:port'")
-    port = int(match["port"])
-    if not 1 <= port <= 65535:
+        raise ValueError(
+            f"{text!r} is not a target; accepted: 'host:port', '[ipv6]:port', 'dns:///host:port' or"
+            " 'k8s:///namespace/service:port'"
+        )
+    port = int(match["port"] or 0)
+    if match["port"] and not 1 <= port <= 65535:
         raise ValueError(f"port {port} of {text!r} is not between 1 and 65535")
+    if k8s is not None:
+        return Target(
+            text=text, host=k8s["service"], port=port, namespace=k8s["namespace"], port_name=k8s["port_name"] or ""
+        )
     return Target(text=text, host=match["host"].strip("[]"), port=port, resolve=match["dns"] is not None)
 
 
@@ -90,6 +109,33 @@ class PoolConfig(BaseModel):
     service: ServiceName
     hardware: HardwareLabel
     targets: Annotated[list[TargetText], Field(min_length=1), pydantic.AfterValidator(_all_different)]
+    select: Requirements | None = None  # of what is found there, only endpoints that report all of this
+
+
+class RouteConfig(BaseModel):
+    """What holds for some calls of one service. The first route that a call falls under decides."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    service: ServiceName
+    # Empty: every method, and every model or none.
+    methods: tuple[str, ...] = ()
+    models: tuple[Pattern, ...] = ()
+    # Hardware labels in this order before the service's defaults; or these labels in this order and nothing else.
+    prefer: Annotated[list[HardwareLabel], pydantic.AfterValidator(_all_different)] = []
+    only: Annotated[list[HardwareLabel], pydantic.AfterValidator(_all_different)] = []
+    needs: Requirements | None = None  # what an endpoint must report to be given such a call
+    weights: dict[str, Annotated[int, Field(ge=0, le=1_000_000)]] = {}  # shares of the pools of one hardware label
+
+    @pydantic.model_validator(mode="after")
+    def _one_order(self) -> "RouteConfig":
+        if self.prefer and self.only:
+            raise ValueError("it has both 'prefer' and 'only'; accepted: one of them")
+        known = {path.rpartition("/")[2] for path, method in METHODS.items() if method.service == self.service}
+        for name in self.methods:
+            if name not in known:
+                raise ValueError(f"{name!r} is not a method of {self.service}; accepted: {', '.join(sorted(known))}")
+        return self
 
 
 class GatewayConfig(BaseModel):
@@ -102,6 +148,7 @@ class GatewayConfig(BaseModel):
     defaults: dict[
         ServiceName, Annotated[list[HardwareLabel], Field(min_length=1), pydantic.AfterValidator(_all_different)]
     ] = {}
+    routes: list[RouteConfig] = []
 
 
 class _Loader(yaml.SafeLoader):
@@ -120,43 +167,82 @@ class _Loader(yaml.SafeLoader):
 
 def load(path: Path) -> GatewayConfig:
     """Read and check the file; raises ConfigError."""
+    return parse(decode(read(path), path), name=str(path))
+
+
+def read(path: Path) -> bytes:
+    """The file as it is; raises ConfigError."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return path.read_bytes()
+    except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
-    return parse(text, name=str(path))
+
+
+def decode(data: bytes, path: Path) -> str:
+    """The text in the file's contents; raises ConfigError."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
 
 
 def parse(text: str, *, name: str = "config") -> GatewayConfig:
     """Check the text of a configuration file; `name` stands for it in errors. Raises ConfigError."""
+    config = checked(GatewayConfig, text, name=name)
+    _check_across_pools(config, name)
+    return config
+
+
+def checked(model: type[_Model], text: str, *, name: str) -> _Model:
+    """The text of a YAML file as the model; `name` stands for the file in errors. Raises ConfigError."""
     try:
         data = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
         raise ConfigError(f"{name}: not valid YAML: {error}") from None
     if not isinstance(data, dict):
-        raise ConfigError(f"{name}: expected a mapping with the key 'pools'")
+        known = " and ".join(repr(key) for key, field in model.model_fields.items() if field.is_required())
+        raise ConfigError(f"{name}: expected a mapping with the key {known}")
     try:
-        config = GatewayConfig.model_validate(data)
+        return model.model_validate(data)
     except pydantic.ValidationError as error:
         lines = [f"{_path(e['loc'])}: {_what(e)}" for e in error.errors()]
         raise ConfigError(f"{name}: " + "; ".join(lines)) from None
-    _check_across_pools(config, name)
-    return config
 
 
 def _check_across_pools(config: GatewayConfig, name: str) -> None:
     names: dict[str, int] = {}
-    owners: dict[tuple[str, str, int], str] = {}
+    owners: dict[tuple[str, str, str, int, str], str] = {}
     for i, pool in enumerate(config.pools):
         if pool.name in names:
             raise ConfigError(f"{name}: pools[{i}].name: {pool.name!r} is already pools[{names[pool.name]}]")
         names[pool.name] = i
         for j, text in enumerate(pool.targets):
             target = parse_target(text)
-            owner = owners.setdefault((pool.service, target.host, target.port), pool.name)
-            if owner != pool.name:
+            place = (pool.service, target.namespace, target.host, target.port, target.port_name)
+            owner = owners.setdefault(place, pool.name)
+            selected = pool.select is not None and config.pools[names[owner]].select is not None
+            if owner != pool.name and not selected:
                 # Two pools would each see only their own half of that endpoint's load.
-                raise ConfigError(f"{name}: pools[{i}].targets[{j}]: {text!r} is already in pool {owner!r}")
+                raise ConfigError(
+                    f"{name}: pools[{i}].targets[{j}]: {text!r} is already in pool {owner!r}; pools may share a target"
+                    " if each has 'select'"
+                )
+    for i, route in enumerate(config.routes):
+        _check_weights(config, route, f"{name}: routes[{i}].weights")
+
+
+def _check_weights(config: GatewayConfig, route: RouteConfig, where: str) -> None:
+    pools = {pool.name: pool for pool in config.pools if pool.service == route.service}
+    for pool_name in route.weights:
+        if pool_name not in pools:
+            raise ConfigError(f"{where}: {route.service} has no pool {pool_name!r}; accepted: {', '.join(pools)}")
+    for label in dict.fromkeys(pools[pool_name].hardware for pool_name in route.weights):
+        beside = [pool_name for pool_name, pool in pools.items() if pool.hardware == label]
+        missing = [pool_name for pool_name in beside if pool_name not in route.weights]
+        if missing:
+            raise ConfigError(f"{where}: {missing[0]!r} is missing; of a hardware label, here {label}, name every pool")
+        if not any(route.weights[pool_name] for pool_name in beside):
+            raise ConfigError(f"{where}: all pools of {label} have weight 0; at least one must have more")
 
 
 def _path(location: tuple[int | str, ...]) -> str:

@@ -3,10 +3,12 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 from services.gateway.metadata import DETAILS_KEY, PUSHBACK_KEY, Pair
+from services.kit.errors import DOMAIN
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +19,9 @@ class RetryWish:
     delay_s: float | None
 
 
+MODEL_TOO_LARGE = "MODEL_TOO_LARGE"
+# Reasons of our services that say something of the machine, not of the request.
+_LACKING = frozenset((MODEL_TOO_LARGE, "HARDWARE_MISSING", "TENSORRT_NOT_HERE", "PRECISION_NOT_SUPPORTED"))
 _NOTHING_SAID = RetryWish(allowed=True, delay_s=None)
 
 
@@ -46,6 +51,28 @@ def wish(trailing: Iterable[Pair]) -> RetryWish:
         # Details are the endpoint's own business; it is only their retry delay that we cannot read.
         return _NOTHING_SAID
     return _NOTHING_SAID
+
+
+def asks_to_wait(trailing: Iterable[Pair]) -> bool:
+    """Whether an error's trailers say when to come back: of RESOURCE_EXHAUSTED, that later there may be room."""
+    return any(key == PUSHBACK_KEY for key, _ in trailing)
+
+
+def lacks(error: grpc.aio.AioRpcError) -> str:
+    """The reason, if the endpoint refused the call for what it has not and another may have; "" for anything else."""
+    if error.code() not in (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.FAILED_PRECONDITION):
+        return ""
+    details = dict(error.trailing_metadata() or ()).get(DETAILS_KEY)
+    if not isinstance(details, bytes):
+        return ""
+    try:
+        for detail in status_pb2.Status.FromString(details).details:
+            info = error_details_pb2.ErrorInfo()
+            if detail.Is(info.DESCRIPTOR) and detail.Unpack(info):
+                return info.reason if info.domain == DOMAIN and info.reason in _LACKING else ""
+    except DecodeError:
+        return ""
+    return ""
 
 
 def backoff_s(attempt: int) -> float:
