@@ -32,13 +32,14 @@ def running(name: str, settings: ServiceSettings) -> Iterator[local.Service]:
         with patch.dict(os.environ, given):
             process = local.spawn(name, ports, Path(folder))
         try:
-            _wait_ready(process, Path(folder) / f"{name}.log")
+            wait_ready(process, Path(folder) / f"{name}.log")
             yield process
         finally:
             local.stop([process])
 
 
-def _wait_ready(process: local.Service, log: Path) -> None:
+def wait_ready(process: local.Service, log: Path) -> None:
+    """Return when its readiness is SERVING; raises RuntimeError with its log if it ends or takes too long."""
     deadline = time.monotonic() + READY_WITHIN_S
     request = health_pb2.HealthCheckRequest(service="readiness")
     with grpc.insecure_channel(process.address) as channel:

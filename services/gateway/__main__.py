@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import grpc
@@ -14,6 +14,7 @@ from services.gateway import config as configuration
 from services.gateway.config import ConfigError, GatewayConfig
 from services.gateway.discovery import Resolver, resolve_host
 from services.gateway.endpoint import ChannelOptions
+from services.gateway.member import Member
 from services.gateway.methods import FULL_NAMES, SHARED_NAMES
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.pools import Fleet
@@ -21,13 +22,14 @@ from services.gateway.proxy import Proxy
 from services.gateway.routed import Routing
 from services.gateway.servicer import GatewayServicer
 from services.gateway.settings import Settings
+from services.gateway.supervisor import process_count, supervise
 from services.kit.metrics import Metrics
 from services.kit.server import READINESS, Health, ServiceServer, run
 
 
-def build(settings: Settings) -> ServiceServer:
+def build(settings: Settings, *, member: Member | None = None) -> ServiceServer:
     """The gateway's server, with the pools of the file that the settings name; raises ConfigError."""
-    return assemble(settings, make_fleet(settings, configuration.load(settings.config)))
+    return assemble(settings, make_fleet(settings, configuration.load(settings.config)), member=member)
 
 
 def make_fleet(settings: Settings, config: GatewayConfig, *, resolver: Resolver = resolve_host) -> Fleet:
@@ -40,8 +42,8 @@ def make_fleet(settings: Settings, config: GatewayConfig, *, resolver: Resolver 
     )
 
 
-def assemble(settings: Settings, fleet: Fleet) -> ServiceServer:
-    """A server in front of the fleet, which runs while the server does."""
+def assemble(settings: Settings, fleet: Fleet, *, member: Member | None = None) -> ServiceServer:
+    """A server in front of the fleet, which runs while the server does; `member` if it is one process of several."""
     metrics = Metrics("gateway")
     routing = Routing(fleet, settings, GatewayMetrics(metrics.registry, fleet))
     own_name = gateway_pb2.DESCRIPTOR.services_by_name["GatewayService"].full_name
@@ -56,28 +58,40 @@ def assemble(settings: Settings, fleet: Fleet) -> ServiceServer:
         def changed() -> None:
             ready = fleet.ready()
             metrics.ready.set(ready)
-            for name in ("", READINESS):
-                health.set(name, ready)
-            for name, full_name in FULL_NAMES.items():
-                health.set(full_name, fleet.ready(name))
+            names = {"": ready, READINESS: ready} | {full: fleet.ready(name) for name, full in FULL_NAMES.items()}
+            if member is not None:
+                member.tell(names)
+                return
+            for name, serving in names.items():
+                health.set(name, serving)
 
         health.set(own_name, True)
-        fleet.on_change = changed
-        changed()
-        async with fleet.running():
+        async with contextlib.AsyncExitStack() as exits:
+            if member is not None:
+                await exits.enter_async_context(member.connected(metrics.registry, health.set))
+            fleet.on_change = changed
+            changed()
+            await exits.enter_async_context(fleet.running())
+            if member is not None:
+                await member.serving(fleet)
             yield
 
-    return ServiceServer("gateway", settings, metrics=metrics, host=None, register=register, lifespan=lifespan)
+    return ServiceServer(
+        "gateway",
+        settings,
+        metrics=metrics,
+        host=None,
+        register=register,
+        lifespan=lifespan,
+        share_port=member is not None,
+    )
 
 
-def main() -> None:
-    """Serve until SIGTERM or SIGINT. A wrong setting or configuration file ends with 2 and says what is wrong."""
-    parser = argparse.ArgumentParser(prog="python -m services.gateway", description=__doc__)
-    parser.add_argument("--config", type=Path, help="the file that names the pools (or INKWELL_GATEWAY_CONFIG)")
-    arguments = parser.parse_args()
+@contextlib.contextmanager
+def saying_what_is_wrong() -> Iterator[None]:
+    """End the program with 2 for a wrong setting or configuration file, after a line for each."""
     try:
-        settings = Settings() if arguments.config is None else Settings(config=arguments.config)
-        server = build(settings)
+        yield
     except pydantic.ValidationError as error:
         for wrong in error.errors():
             setting = "INKWELL_GATEWAY_" + "_".join(str(part) for part in wrong["loc"]).upper()
@@ -86,7 +100,24 @@ def main() -> None:
     except ConfigError as error:
         print(f"gateway: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    run(server)
+
+
+def main() -> None:
+    """Serve until SIGTERM or SIGINT. A wrong setting or configuration file ends with 2 and says what is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m services.gateway", description=__doc__)
+    parser.add_argument("--config", type=Path, help="the file that names the pools (or INKWELL_GATEWAY_CONFIG)")
+    arguments = parser.parse_args()
+    with saying_what_is_wrong():
+        settings = Settings() if arguments.config is None else Settings(config=arguments.config)
+        several = process_count(settings) > 1
+        if several:
+            configuration.load(settings.config)  # to say what is wrong with it once
+        else:
+            server = build(settings)
+    if several:
+        supervise(settings)
+    else:
+        run(server)
 
 
 if __name__ == "__main__":

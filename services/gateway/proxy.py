@@ -12,6 +12,7 @@ from services.gateway import metadata, methods
 from services.gateway.feed import RequestFeed
 from services.gateway.methods import FULL_NAMES, SHARED_NAMES, Method
 from services.gateway.routed import RoutedCall, Routing
+from services.gateway.unary import Unary
 from services.kit.call import label_method
 from services.kit.errors import DOMAIN
 
@@ -45,6 +46,8 @@ def _handler(routing: Routing, method: Method) -> grpc.RpcMethodHandler:
 
     async def one_request(request: bytes, context: grpc.aio.ServicerContext) -> bytes | None:
         def opened(stub: Any, timeout: float | None, passed: metadata.Metadata) -> Any:
+            if not method.response_streaming:
+                return Unary(stub, request, timeout, passed)
             return stub(request, timeout=timeout, metadata=passed)
 
         with RoutedCall(routing, methods.addressed(method, request), context) as call:

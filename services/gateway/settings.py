@@ -16,6 +16,9 @@ class Settings(ServiceSettings):
     port: int = Field(50050, ge=0, le=65535, description="gRPC port; 0 takes a free one")
     config: Path = Field(Path("gateway.yaml"), description="the file that names the pools")
     max_message_bytes: int = Field(64 * MIB, ge=1024, description="largest request message")
+    processes: int = Field(
+        1, ge=0, le=128, description="processes that share the port, each on a core; 0 for as many as there are cores"
+    )
     deadline_margin_ms: int = Field(
         10, ge=0, le=10_000, description="a caller's deadline is passed on earlier by this, so that our answer arrives"
     )

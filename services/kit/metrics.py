@@ -85,10 +85,10 @@ class Metrics:
 class MetricsPage:
     """The HTTP page that Prometheus scrapes, served by a thread of its own."""
 
-    def __init__(self, metrics: Metrics, host: str, port: int) -> None:
+    def __init__(self, registry: CollectorRegistry, host: str, port: int) -> None:
         self._server: WSGIServer
         self._thread: threading.Thread
-        self._server, self._thread = start_http_server(port, host, registry=metrics.registry)
+        self._server, self._thread = start_http_server(port, host, registry=registry)
         self.port: int = self._server.server_port
 
     def close(self) -> None:

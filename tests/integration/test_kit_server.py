@@ -222,7 +222,7 @@ async def test_calls_are_counted_by_how_they_ended(running: Running) -> None:
         await running.call("Many", "fault")
     with contextlib.suppress(grpc.aio.AioRpcError):
         await running.call("One", "x" * (LIMIT + 1))
-    page_server = MetricsPage(running.server.metrics, "127.0.0.1", 0)
+    page_server = MetricsPage(running.server.metrics.registry, "127.0.0.1", 0)
     url = f"http://127.0.0.1:{page_server.port}/metrics"
     page = await asyncio.to_thread(lambda: urllib.request.urlopen(url).read().decode())
     await asyncio.to_thread(page_server.close)
