@@ -61,6 +61,7 @@ class Admission:
         self._running: set[Ticket] = set()
         self._bytes_waiting = 0
         self._pace = _Pace()
+        self._call_pace = _Pace()
 
     @property
     def waiting_count(self) -> int:
@@ -138,12 +139,21 @@ class Admission:
             if completed and ticket.granted_at is not None:
                 now = self._clock()
                 self._pace.learn((now - ticket.granted_at) / ticket.cost, now)
+                self._call_pace.learn(now - ticket.granted_at, now)
         else:
             self._stop_waiting(ticket)
 
     def seconds_for(self, cost: float) -> float:
         """How long a call of that cost takes in a slot, going by those before it; 0 while nothing is known."""
         return self._pace.seconds_per_cost(self._clock()) * cost
+
+    def expected_wait_s(self) -> float:
+        """Seconds that a call which came now would wait for a slot; 0 with a free one, or while nothing is known."""
+        return self._wait_s(self._clock())
+
+    def seconds_per_call(self) -> float:
+        """Seconds that a call of usual cost takes in a slot, going by those before it; 0 while nothing is known."""
+        return self._call_pace.seconds_per_cost(self._clock())
 
     def positions(self) -> Iterator[tuple[Ticket, int]]:
         """Every waiting call with the number of calls that stand before it, first to last."""
@@ -159,12 +169,15 @@ class Admission:
         self._bytes_waiting -= ticket.bytes_held
 
     def _expected_seconds(self, cost: float, now: float) -> float:
-        # Work in the slots is counted half done. Learned times include sharing the engine with slot neighbours.
-        pace = self._pace.seconds_per_cost(now)
-        ahead = sum(t.cost for t in self._waiting) + 0.5 * sum(t.cost for t in self._running)
+        # Learned times include sharing the engine with slot neighbours.
+        return self._pace.seconds_per_cost(now) * cost + self._wait_s(now)
+
+    def _wait_s(self, now: float) -> float:
         if len(self._running) + len(self._waiting) < self.slots:
-            ahead = 0.0
-        return pace * (cost + ahead / self.slots)
+            return 0.0
+        # Work in the slots is counted half done.
+        ahead = sum(t.cost for t in self._waiting) + 0.5 * sum(t.cost for t in self._running)
+        return self._pace.seconds_per_cost(now) * ahead / self.slots
 
     def _retry_after_ms(self, now: float) -> int:
         mean_cost = sum(t.cost for t in self._waiting) / max(1, len(self._waiting))

@@ -17,7 +17,8 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError
 
-from services.kit import errors, faults
+from services.kit import errors, faults, orca
+from services.kit.admission import Admission
 from services.kit.call import CallLabels, current_labels, send_header
 from services.kit.faults import Fault
 from services.kit.metrics import Metrics
@@ -27,7 +28,7 @@ log = structlog.get_logger(__name__)
 REQUEST_ID_KEY = "x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # Infrastructure calls: answered while draining, neither counted nor logged.
-_UNCOUNTED = ("/grpc.health.", "/grpc.reflection.", "/grpc.channelz.", "/inkwell.endpoint.")
+_UNCOUNTED = ("/grpc.health.", "/grpc.reflection.", "/grpc.channelz.", "/inkwell.endpoint.", f"/{orca.SERVICE}/")
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,15 @@ class _BadMessage:
 
 
 class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Wraps the handlers of one server and knows what is under way in them."""
+    """Wraps the handlers of one server and knows what is under way in them.
 
-    def __init__(self, metrics: Metrics, *, max_message_bytes: int) -> None:
+    admission: the queue whose load every call's trailers report.
+    """
+
+    def __init__(self, metrics: Metrics, *, max_message_bytes: int, admission: Admission | None = None) -> None:
         self._metrics = metrics
         self._max_message_bytes = max_message_bytes
+        self._admission = admission
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -118,6 +123,8 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             if self.draining:
                 raise faults.unavailable("DRAINING", "this server is shutting down; call another", retry_after_ms=100)
             yield
+            if self._admission is not None:  # without a report, what the handler set stays as it is
+                context.set_trailing_metadata((*(context.trailing_metadata() or ()), *self._load()))
         except (asyncio.CancelledError, GeneratorExit):
             # GeneratorExit: the caller left while a message was being written, and the stream's generator is closed.
             late = left is not None and time.monotonic() - began >= left
@@ -125,7 +132,7 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             raise
         except Fault as fault:
             code = errors.CODES[fault.data.kind].name
-            await errors.abort(context, fault)
+            await errors.abort(context, fault, self._load())
         except grpc.aio.AbortError:
             code = _code_name(context.code())
             raise
@@ -154,6 +161,9 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             self._in_flight -= 1
             if self._in_flight == 0:
                 self._idle.set()
+
+    def _load(self) -> tuple[tuple[str, bytes], ...]:
+        return () if self._admission is None else orca.trailers(self._admission)
 
     def _guarded(self, deserializer: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
         limit = self._max_message_bytes

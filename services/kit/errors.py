@@ -1,5 +1,7 @@
 """The one table from domain faults to gRPC status codes, and the google.rpc details that go with them."""
 
+from collections.abc import Iterable
+
 import grpc
 from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
@@ -52,10 +54,12 @@ def to_status(fault: Fault | FaultData) -> status_pb2.Status:
     )
 
 
-async def abort(context: grpc.aio.ServicerContext, fault: Fault) -> None:
+async def abort(
+    context: grpc.aio.ServicerContext, fault: Fault, more_trailers: Iterable[tuple[str, str | bytes]] = ()
+) -> None:
     """End the call with the fault's status; raises grpc.aio.AbortError, as abort always does."""
     status = rpc_status.to_status(to_status(fault))
-    trailers = list(status.trailing_metadata)
+    trailers = [*status.trailing_metadata, *more_trailers]
     if fault.data.kind is Kind.OVERLOADED and fault.data.retry_after_ms is not None:
         # gRPC clients with a retry policy wait this long instead of their own backoff.
         trailers.append((PUSHBACK_KEY, str(fault.data.retry_after_ms)))
