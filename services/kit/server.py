@@ -74,6 +74,7 @@ class ServiceServer:
     health follows the engine's readiness. host: None for a service without an engine, which sets its own health.
     on_drain: called once no new call is taken, to end calls that would otherwise go on for the whole grace.
     lifespan: entered before the server takes its first call and left after it has ended its last one.
+    share_port: listen beside other processes of the same user that do so too; the port must be free otherwise.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class ServiceServer:
         register: Callable[[grpc.aio.Server], Sequence[str]],
         lifespan: Callable[[Health], contextlib.AbstractAsyncContextManager[None]] | None = None,
         on_drain: Callable[[], None] | None = None,
+        share_port: bool = False,
     ) -> None:
         self.name = name
         self.settings = settings
@@ -97,6 +99,7 @@ class ServiceServer:
         self._register = register
         self._lifespan = lifespan
         self._on_drain = on_drain
+        self._share_port = share_port
         admission = host.admission if host is not None else None
         self._boundary = Boundary(metrics, max_message_bytes=settings.max_message_bytes, admission=admission)
         self._server: grpc.aio.Server | None = None
@@ -110,8 +113,8 @@ class ServiceServer:
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_bytes * _CORE_LIMIT_FACTOR),
                 ("grpc.max_send_message_length", -1),
-                # Without this a second server on the same port would silently take half of the calls.
-                ("grpc.so_reuseport", 0),
+                # Unless it is meant, a second server on the same port would silently take half of the calls.
+                ("grpc.so_reuseport", int(self._share_port)),
                 # Let clients look for a dead connection every 10 s, also between calls. Core's own bound is 5 minutes.
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
                 ("grpc.keepalive_permit_without_calls", 1),
@@ -131,7 +134,7 @@ class ServiceServer:
 
         async with contextlib.AsyncExitStack() as exits:
             if settings.metrics_port >= 0:
-                page = MetricsPage(self.metrics, settings.metrics_host, settings.metrics_port)
+                page = MetricsPage(self.metrics.registry, settings.metrics_host, settings.metrics_port)
                 # Closing waits for the page's thread, which looks up every half second.
                 exits.push_async_callback(asyncio.to_thread, page.close)
                 self.metrics_port = page.port
