@@ -23,7 +23,7 @@ from services.compiler.targets import present, tensorrt_machine
 from services.kit import child_side, faults
 from services.kit.faults import Fault, FaultData
 from services.runtimes.artifacts.built_on import Machine, installed, machine
-from services.runtimes.artifacts.digests import digest_of
+from services.runtimes.artifacts.digests import digest_of, digest_of_all
 from services.runtimes.artifacts.errors import StoreError
 from services.runtimes.artifacts.manifest import FORMAT, ArtifactPrecision, Kind, Manifest, Requires, Target
 from services.runtimes.artifacts.store import Store, Stored, open_store
@@ -62,9 +62,8 @@ def _compile(job: CompileJob, store: Store, folder: Path, say: Say) -> Stored:
     source, kind = _source(request, allow_pickled_weights=job.allow_pickled_weights)
     checkpoint.refuse(request, source)
     source_digest = _digest(source, request.model)
-    calibration = Path(request.calibration_folder).expanduser() if request.calibration_folder else None
     versions = _versions(request.target)
-    recipe = recipe_of(request, source_digest, digest_of(calibration) if calibration else "", versions)
+    recipe = recipe_of(request, source_digest, _calibration_digest(request), versions)
     existing = store.find_recipe(recipe)
     if existing is not None:
         say("publishing", f"it is there already: {existing.id[:12]}")
@@ -149,6 +148,18 @@ def _digest(folder: Path, model: str) -> str:
         return digest_of(folder)
     except (OSError, ValueError) as error:
         raise faults.failed_precondition("MODEL_UNUSABLE", f"model {model}: {error}") from error
+
+
+def _calibration_digest(request: CompileRequest) -> str:
+    """Of the lines or prompts that it is calibrated on; "" for those that ship."""
+    if not request.calibration_folder:
+        return ""
+    try:
+        return digest_of_all(Path(request.calibration_folder).expanduser())
+    except (OSError, ValueError) as error:
+        raise faults.failed_precondition(
+            "CALIBRATION_UNUSABLE", f"calibration_folder: {error}", model=request.model
+        ) from error
 
 
 def _versions(target: Target) -> Mapping[str, str]:

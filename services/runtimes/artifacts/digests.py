@@ -11,7 +11,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
@@ -39,9 +39,22 @@ def digest_of(folder: Path) -> str:
     Raises OSError when a file cannot be read, ValueError when there is none. A cache that cannot be written only costs
     time.
     """
-    files = {path.relative_to(folder).as_posix(): path for path in _checkpoint_files(folder)}
+    files = list(_files(folder, _SUFFIXES))
     if not files:
         raise ValueError(f"{folder}: it holds no files of a checkpoint")
+    return _digest(folder, files)
+
+
+def digest_of_all(folder: Path) -> str:
+    """The same over all files of a folder but hidden ones. Raises OSError; ValueError when there is none."""
+    files = list(_files(folder, None))
+    if not files:
+        raise ValueError(f"{folder}: it holds no files")
+    return _digest(folder, files)
+
+
+def _digest(folder: Path, paths: Iterable[Path]) -> str:
+    files = {path.relative_to(folder).as_posix(): path for path in paths}
     known = _read_cache()
     digests: dict[str, str] = {}
     fresh: dict[str, list[object]] = {}
@@ -65,11 +78,14 @@ def digest_of(folder: Path) -> str:
     return whole.hexdigest()
 
 
-def _checkpoint_files(folder: Path) -> Iterator[Path]:
+def _files(folder: Path, suffixes: Collection[str] | None) -> Iterator[Path]:
+    """suffixes: of a checkpoint's files; None for all files of all folders."""
+    skipped = (".",) if suffixes is None else (".", *_OTHER_FOLDERS)
     for parent, folders, names in os.walk(folder, onerror=_raise, followlinks=False):
-        folders[:] = [name for name in folders if not name.startswith((".", *_OTHER_FOLDERS))]
+        folders[:] = [name for name in folders if not name.startswith(skipped)]
         for name in names:
-            if os.path.splitext(name)[1].lower() in _SUFFIXES and not name.startswith("."):
+            is_wanted = suffixes is None or os.path.splitext(name)[1].lower() in suffixes
+            if is_wanted and not name.startswith("."):
                 yield Path(parent) / name
 
 
