@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from services.diffusion.domain import ModelInfo, Sampling
-from services.diffusion.engine import decoding, features, lanes
+from services.diffusion.engine import attention, decoding, features, lanes
 from services.diffusion.engine.artifacts import InUse
 from services.diffusion.engine.conditioning import Conditioner
 from services.diffusion.engine.previews import Previews
@@ -92,6 +92,8 @@ class LoadedModel:
         self.denoiser = self._find_denoiser()
         if self._compiles:
             tuning.compile_forward(self.denoiser, self._hardware)
+        elif self._in_use is None:
+            attention.quicken(self.denoiser)
         self.preview = self._load_preview(source.folder)
         with loading.BUILDING:  # noise schedules are made of numbers of torch's default type
             self._schedulers = Schedulers(self.pipeline.scheduler)
