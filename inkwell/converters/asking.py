@@ -45,6 +45,10 @@ _SEVERAL: dict[str, tuple[type, tuple[type, ...]]] = {
     "image_prompts": (types.ImagePrompt, _PICTURE),
     "loras": (types.Lora, (str,)),
 }
+# The longest interval that services take, for callers to whom progress is not passed on: on a small model, telling of
+# every step takes a twentieth of the machine.
+NOBODY_LOOKS_MS = 3_600_000
+
 # Options that are fields of the same or of another name.
 _PLAIN = {
     "negative_prompt": "negative_prompt",
@@ -58,6 +62,7 @@ _PLAIN = {
     "image_count": "image_count",
     "batch_count": "batch_count",
     "wildcard_seed": "wildcard_seed",
+    "progress_interval_ms": "progress_interval_ms",
     "strength": "strength",
     "guidance_rescale": "guidance_rescale",
     "clip_skip": "clip_skip",

@@ -279,3 +279,5 @@ class PaintOptions(TypedDict, total=False):
     """See `PreviewMethod`."""
     preview_max_side_px: int | None
     """Previews are scaled down to this longest side."""
+    progress_interval_ms: int | None
+    """Progress at most so often, and after the first step and the last; after every step if left out."""

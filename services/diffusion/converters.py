@@ -96,6 +96,7 @@ def to_asked(request: pb.GenerateRequest) -> Asked:
         preview_interval=_given(preview, "step_interval"),
         preview_method=choice("preview.method", preview.method, _PREVIEW_METHODS),
         preview_max_side_px=_given(preview, "max_side_px"),
+        progress_interval_ms=_given(request, "progress_interval_ms"),
         prompt_syntax=choice("prompt_syntax", request.prompt_syntax, _SYNTAXES),
         styles=tuple(request.styles),
         wildcard_seed=_given(request, "wildcard_seed"),

@@ -10,6 +10,8 @@ from services.kit.device import Device
 
 MEDIA_TYPES = ("image/png", "image/jpeg", "image/webp")
 SEED_MOST = 2**32 - 1
+# An hour: whoever wants none in between the first step and the last.
+PROGRESS_INTERVAL_MS_MOST = 3_600_000
 
 
 PromptSyntax = Literal["weighted", "plain"]
@@ -353,6 +355,7 @@ class Asked:
     preview_interval: int | None = None
     preview_method: PreviewMethod | None = None
     preview_max_side_px: int | None = None
+    progress_interval_ms: int | None = None
     prompt_syntax: PromptSyntax | None = None
     styles: tuple[str, ...] = ()
     wildcard_seed: int | None = None

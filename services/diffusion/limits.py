@@ -13,6 +13,7 @@ import msgspec
 from services.diffusion import inputs, limits_layers, limits_modes, metadata, sampling, scheduler_table
 from services.diffusion.domain import (
     MEDIA_TYPES,
+    PROGRESS_INTERVAL_MS_MOST,
     SEED_MOST,
     Asked,
     Inpaint,
@@ -345,6 +346,7 @@ def _preview(asked: Asked, model: ModelInfo, settings: Settings) -> Iterator[Fie
     if asked.preview_method == "tiny_autoencoder" and not model.has_preview_autoencoder:
         yield FieldViolation("preview.method", f"{model.name} has no small autoencoder; take PREVIEW_METHOD_LINEAR")
     yield from out_of_range("preview.max_side_px", asked.preview_max_side_px, 8, settings.preview_max_side_px)
+    yield from out_of_range("progress_interval_ms", asked.progress_interval_ms, 0, PROGRESS_INTERVAL_MS_MOST)
 
 
 def _refuse_what_exif_cannot_hold(job: PaintJob) -> None:

@@ -84,7 +84,7 @@ class DiffusionServicer(diffusion_pb2_grpc.DiffusionServiceServicer):
             await send_header(context)
             admitted.start(job)
             first = True
-            async for response in self._responses(admitted, job):
+            async for response in self._responses(admitted, job, (asked.progress_interval_ms or 0) / 1000):
                 if first and response.HasField("progress"):
                     self._first_progress_seconds.observe(time.monotonic() - arrived)
                     first = False
@@ -140,8 +140,9 @@ class DiffusionServicer(diffusion_pb2_grpc.DiffusionServiceServicer):
         preprocessors = preprocessor_table.descriptions(self._settings)
         return await asyncio.to_thread(listing.list_controls, self._settings, preprocessors)
 
-    async def _responses(self, admitted: Job, job: PaintJob) -> AsyncIterator[pb.GenerateResponse]:
+    async def _responses(self, admitted: Job, job: PaintJob, interval_s: float) -> AsyncIterator[pb.GenerateResponse]:
         model = job.parameters.model
+        next_progress = 0.0
         async for event in admitted:
             match event:
                 case Queued(position):
@@ -153,7 +154,10 @@ class DiffusionServicer(diffusion_pb2_grpc.DiffusionServiceServicer):
                         case StepDone() as done:
                             each_s = done.compute_s / job.batch_size
                             self._step_seconds.labels(self._metrics.model_label(model)).observe(each_s)
-                            yield converters.to_progress(done)
+                            now = time.monotonic()
+                            if now >= next_progress or done.step == done.step_count:
+                                next_progress = now + interval_s
+                                yield converters.to_progress(done)
                         case PreviewPainted() as painted:
                             yield converters.to_preview(painted)
                 case Finished(payload=payload):
