@@ -53,6 +53,8 @@ class ChannelOptions:
             ("grpc.min_reconnect_backoff_ms", int(self.connect_timeout_s * 1000)),
             ("grpc.keepalive_time_ms", int(self.keepalive_time_s * 1000)),
             ("grpc.keepalive_timeout_ms", int(self.keepalive_timeout_s * 1000)),
+            # What really ends a connection whose probe is not answered; a minute if it is not set.
+            ("grpc.http2.ping_timeout_ms", int(self.keepalive_timeout_s * 1000)),
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.max_pings_without_data", 0),
             # An endpoint is a machine of our own network, never behind the proxy of the environment.

@@ -55,7 +55,13 @@ class Backend(grpc.GenericRpcHandler):  # type: ignore[misc]
 
     async def start(self, host: str = "127.0.0.1") -> "Backend":
         await self._health.set("readiness", health_pb2.HealthCheckResponse.SERVING)
-        options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", -1)]
+        options = [
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", -1),
+            # So that tests of dead connections may probe them often.
+            ("grpc.http2.min_ping_interval_without_data_ms", 100),
+            ("grpc.keepalive_permit_without_calls", 1),
+        ]
         self._server = grpc.aio.server(options=options)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         self._server.add_generic_rpc_handlers((self,))

@@ -5,9 +5,11 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
+from grpc_health.v1 import health_pb2
 
 from services.gateway import config
 from services.gateway.__main__ import assemble, make_fleet
@@ -17,6 +19,10 @@ from services.gateway.pools import Fleet
 from services.gateway.settings import Settings
 from services.kit.server import ServiceServer
 from tests.support.backend import Backend
+from tests.support.fault_proxy import FaultProxy
+from tests.support.service_process import ServiceProcess
+
+Somewhere = Backend | FaultProxy | ServiceProcess  # all that a pool needs of it is its `address`
 
 
 @dataclass
@@ -27,7 +33,7 @@ class Gateway:
     fleet: Fleet
     channel: grpc.aio.Channel
 
-    def endpoint(self, backend: Backend) -> Endpoint:
+    def endpoint(self, backend: Somewhere) -> Endpoint:
         return next(e for pool in self.fleet.pools for e in pool.endpoints if e.address == backend.address)
 
     async def until(self, condition: Callable[[], bool]) -> None:
@@ -35,7 +41,7 @@ class Gateway:
         while not condition():
             await self.fleet.wait_change()
 
-    async def until_state(self, backend: Backend, state: State) -> None:
+    async def until_state(self, backend: Somewhere, state: State) -> None:
         await self.until(lambda: self.endpoint(backend).state is state)
 
     async def idle(self) -> None:
@@ -43,7 +49,7 @@ class Gateway:
         await self.server._boundary.wait_idle()
 
 
-def pool(name: str, *backends: Backend, service: str = "ocr", hardware: str = "cpu") -> dict[str, Any]:
+def pool(name: str, *backends: Somewhere, service: str = "ocr", hardware: str = "cpu") -> dict[str, Any]:
     """A pool of the configuration file."""
     return {"name": name, "service": service, "hardware": hardware, "targets": [b.address for b in backends]}
 
@@ -54,10 +60,14 @@ async def running(
     defaults: dict[str, list[str]] | None = None,
     wait: bool = True,
     resolver: Resolver = resolve_host,
+    unchecked: dict[str, Any] | None = None,
     **settings: Any,
 ) -> AsyncIterator[Gateway]:
-    """Start a gateway; with `wait`, return when every endpoint is ready."""
-    chosen = Settings(port=0, **settings)
+    """Start a gateway; with `wait`, return when every endpoint is ready.
+
+    unchecked: settings beyond what users may set, such as a keepalive that a test can wait for.
+    """
+    chosen = Settings(port=0, **settings).model_copy(update=unchecked)
     fleet = make_fleet(
         chosen, config.parse(json.dumps({"pools": pools, "defaults": defaults or {}})), resolver=resolver
     )
@@ -77,3 +87,21 @@ async def running(
             yield gateway
     finally:
         await server.stop(0)
+
+
+def gateway_process(config: Path, **settings: str) -> ServiceProcess:
+    """One that is not started yet."""
+    return ServiceProcess("services.gateway", "INKWELL_GATEWAY_", {"config": str(config), **settings})
+
+
+async def ready(process: ServiceProcess) -> None:
+    """Return when it says that it is ready for calls."""
+    async with grpc.aio.insecure_channel(process.address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        watch = channel.unary_stream(
+            "/grpc.health.v1.Health/Watch",
+            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )
+        async for answer in watch(health_pb2.HealthCheckRequest(service="readiness"), wait_for_ready=True):
+            if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                return
