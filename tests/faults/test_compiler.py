@@ -7,11 +7,13 @@ import random
 import shutil
 import signal
 import subprocess
+import tempfile
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import grpc
 import psutil
 import pytest
@@ -21,7 +23,7 @@ import inkwell
 from inkwell.compiler.v1 import compiler_pb2, compiler_pb2_grpc
 from services.runtimes.artifacts.store import open_store
 from tests.integration.test_gateway import outcome
-from tests.support import compiler_service
+from tests.support import artifacts, compiler_service, s3
 from tests.support.compiler_service import CompilerProcess
 
 KILLS = int(os.environ.get("INKWELL_KILLS", "2"))
@@ -42,6 +44,11 @@ async def service(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> AsyncI
         yield client
 
 
+def files_in(folder: Path) -> list[Path]:
+    """Everything in a folder."""
+    return list(folder.iterdir())
+
+
 def left_behind(root: Path) -> list[Path]:
     """What a compile may leave nowhere: staging folders of the store, and folders of child processes."""
     store = root / "artifacts"
@@ -59,6 +66,11 @@ def left_behind(root: Path) -> list[Path]:
         ({"target": 99}, "INVALID_ARGUMENT", ["target: 99", "TARGET_ONNX"]),
         ({"precision": 99}, "INVALID_ARGUMENT", ["precision: 99", "PRECISION_INT8_DYNAMIC"]),
         ({"component_precisions": {"decoder": 99}}, "INVALID_ARGUMENT", ["component_precisions['decoder']: 99"]),
+        (
+            {"component_precisions": {"dekoder": compiler_pb2.PRECISION_FLOAT16}},
+            "INVALID_ARGUMENT",
+            ["component_precisions['dekoder']", "accepted: encoder, decoder"],
+        ),
         ({"hardware": "gpu"}, "INVALID_ARGUMENT", ["hardware: 'gpu'", "cuda, rocm, cpu"]),
         ({"max_batch_size": 257}, "INVALID_ARGUMENT", ["max_batch_size: 257", "1 to 256"]),
         ({"max_batch_size": -1}, "INVALID_ARGUMENT", ["max_batch_size: -1"]),
@@ -113,6 +125,16 @@ async def test_bad_requests_about_artifacts_are_refused(
     assert error.code().name == code, error.details()
     for words in said:
         assert words in (error.details() or "")
+
+
+def noting(stages: list[str]) -> Callable[[inkwell.OperationEvent], None]:
+    """Puts the stage of every progress into the list."""
+
+    def note(event: inkwell.OperationEvent) -> None:
+        if isinstance(event, inkwell.OperationProgress):
+            stages.append(event.stage)
+
+    return note
 
 
 def broken_models(root: Path, tiny: str) -> dict[str, str]:
@@ -179,6 +201,57 @@ async def test_no_disk_left_is_said_and_nothing_is_left(tiny: str, tmp_path: Pat
         assert raised.value.reason in ("DISK_FULL", "STORE_FULL")
         assert await client.artifacts() == []
     assert left_behind(tmp_path) == []
+
+
+async def test_no_disk_left_for_the_export_is_said_and_nothing_is_left(
+    tiny: str, tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Where the folders of child processes are made.
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+    async with compiler_service.serving(compiler_service.settings(tmp_path, models={"tiny": tiny})) as client:
+        stages: list[str] = []
+        with pytest.raises(inkwell.FailedPrecondition) as raised:
+            await (await client.compile("tiny", "onnx")).result(on_event=noting(stages))
+        assert raised.value.reason == "DISK_FULL"
+        assert str(small_disk) in raised.value.message
+        assert stages[-1] == "exporting"
+        assert await client.artifacts() == []
+    assert files_in(small_disk) == left_behind(tmp_path) == []
+
+
+async def test_an_s3_that_goes_away_at_the_first_upload_is_said_and_harms_nothing(
+    tiny: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with s3.running(monkeypatch) as server:
+        boto3.client("s3").create_bucket(Bucket="inkwell")
+        location = "s3://inkwell/some/where"
+        store = open_store(location)
+        earlier = artifacts.publish(store)
+        gone = False
+
+        def leave(_: int, request: dict[str, Any]) -> s3.Answer | None:
+            nonlocal gone
+            gone = gone or (request["REQUEST_METHOD"] in ("PUT", "POST") and "/artifacts/" in request["PATH_INFO"])
+            return ("", b"") if gone else None
+
+        chosen = compiler_service.settings(tmp_path, models={"tiny": tiny}, artifact_store=location)
+        async with compiler_service.serving(chosen) as client:
+            server.watch(leave)
+            stages: list[str] = []
+            with pytest.raises(inkwell.Unavailable) as raised:
+                await (await client.compile("tiny", "onnx")).result(on_event=noting(stages))
+            assert gone
+            assert stages[-1] == "publishing"
+            assert raised.value.reason == "STORE_UNAVAILABLE"
+            assert server.url in raised.value.message
+            assert "nothing that was stored before is harmed" in raised.value.message
+            with pytest.raises(inkwell.Unavailable):
+                await client.artifacts()
+            server.watch()
+            assert [each.id for each in await client.artifacts()] == [earlier.id]
+        assert store.verify(earlier.id) == []
+        assert files_in(store._place.staging.root) == []
 
 
 async def test_a_cancelled_compile_ends_its_processes_and_leaves_nothing(tiny: str, tmp_path: Path) -> None:
