@@ -11,13 +11,16 @@ import pydantic
 
 from inkwell.gateway.v1 import gateway_pb2, gateway_pb2_grpc
 from services.gateway import config as configuration
+from services.gateway.balance import BalanceRules
 from services.gateway.config import ConfigError, GatewayConfig
 from services.gateway.discovery import Resolver, resolve_host
+from services.gateway.ejection import EjectionRules
 from services.gateway.endpoint import ChannelOptions
+from services.gateway.kubernetes import api_server
 from services.gateway.member import Member
 from services.gateway.methods import FULL_NAMES, SHARED_NAMES
 from services.gateway.metrics import GatewayMetrics
-from services.gateway.pools import Fleet
+from services.gateway.pools import Fleet, Ways
 from services.gateway.proxy import Proxy
 from services.gateway.routed import Routing
 from services.gateway.servicer import GatewayServicer
@@ -34,12 +37,16 @@ def build(settings: Settings, *, member: Member | None = None) -> ServiceServer:
 
 def make_fleet(settings: Settings, config: GatewayConfig, *, resolver: Resolver = resolve_host) -> Fleet:
     """The pools of a configuration, with connections as the settings say."""
-    return Fleet(
-        config,
+    ways = Ways(
         options=ChannelOptions(settings.connect_timeout_s, settings.keepalive_time_s, settings.keepalive_timeout_s),
         resolver=resolver,
         resolve_interval_s=settings.resolve_interval_s,
+        kubernetes=api_server(settings.kubernetes_url, settings.kubernetes_account),
+        load_interval_s=settings.load_interval_s,
+        balance=BalanceRules(stale_s=settings.load_stale_s, slow_start_s=settings.slow_start_s),
+        ejection=EjectionRules(consecutive=settings.eject_after, first_s=settings.eject_s),
     )
+    return Fleet(config, ways)
 
 
 def assemble(settings: Settings, fleet: Fleet, *, member: Member | None = None) -> ServiceServer:

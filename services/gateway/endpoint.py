@@ -2,8 +2,10 @@
 
 import asyncio
 import enum
+import math
 import random
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +13,16 @@ import grpc
 import structlog
 from grpc_health.v1 import health_pb2
 
-from services.gateway.metadata import ENDPOINT_KEY, HARDWARE_KEY, POOL_KEY, Metadata
+from services.gateway.ejection import EjectionRules, Record, speaks_against
+from services.gateway.metadata import ENDPOINT_KEY, HARDWARE_KEY, POOL_KEY, Metadata, Pair
 from services.gateway.methods import Method
+from services.kit import orca
 
 log = structlog.get_logger(__name__)
 
 _WATCH = "/grpc.health.v1.Health/Watch"
+_CHECK = "/grpc.health.v1.Health/Check"
+_CHECK_WITHIN_S = 2.0
 _READINESS = health_pb2.HealthCheckRequest(service="readiness")
 _RECONNECT_FIRST_S = 0.1
 _RECONNECT_MOST_S = 2.0
@@ -65,7 +71,8 @@ class ChannelOptions:
 class Endpoint:
     """One address of one pool. Made and used on one event loop.
 
-    on_change: called with the endpoint after its state changed.
+    on_change: called with the endpoint after its state changed. on_failure: after a call failed in a way that speaks
+    against it, while it says that it is ready. load_interval_s: seconds between the load reports that are asked of it.
     """
 
     def __init__(
@@ -76,6 +83,9 @@ class Endpoint:
         hardware: str,
         options: ChannelOptions,
         on_change: Callable[["Endpoint"], None],
+        on_failure: Callable[["Endpoint"], None] = lambda _endpoint: None,
+        ejection: EjectionRules | None = None,
+        load_interval_s: float = orca.USUAL_INTERVAL_S,
     ) -> None:
         self.address = address
         self.pool = pool
@@ -89,7 +99,18 @@ class Endpoint:
         self.turn = 0  # when it was chosen last, in choices; the smallest is longest ago
         # What a reply's header says of who served it.
         self.served: Metadata = ((POOL_KEY, pool), (ENDPOINT_KEY, address), (HARDWARE_KEY, hardware))
+        # Times are of time.monotonic. What the endpoint last said of its load, when, and how many calls of ours were
+        # under way there then.
+        self.load: orca.Load | None = None
+        self.heard_at = -math.inf
+        self.in_flight_then = 0
+        self.reporting = False  # it streams load reports, so their absence means something
+        self.ready_at = -math.inf  # since when it is ready, or back after it was left out
+        self.record = Record(ejection or EjectionRules())
+        self._load_interval_s = load_interval_s
+        self._following: asyncio.Task[None] | None = None
         self._on_change = on_change
+        self._on_failure = on_failure
         self._channel = grpc.aio.insecure_channel(address, options=options.arguments())
         self._stubs: dict[str, Any] = {}
         self._watching: asyncio.Task[None] | None = None
@@ -103,9 +124,10 @@ class Endpoint:
 
     async def close(self) -> None:
         """Stop following it and close the connection; calls still under way there are cancelled."""
-        if self._watching is not None:
-            self._watching.cancel()
-            self._ending.add(self._watching)
+        for task in (self._watching, self._following):
+            if task is not None:
+                task.cancel()
+                self._ending.add(task)
         await asyncio.gather(*self._ending, return_exceptions=True)
         await self._channel.close()
 
@@ -137,19 +159,94 @@ class Endpoint:
         if self.in_flight == 0:
             self._idle.set()
 
-    def failed(self, message: str, *, said_by_server: bool) -> None:
-        """Note a call that ended in UNAVAILABLE.
+    def answered(self, trailing: Iterable[Pair]) -> None:
+        """Note a call that ended well, which is still counted in, and the load that its trailers report."""
+        self._learn(trailing, self.in_flight - 1)
+        self._well()
 
-        said_by_server: False if nothing in the error comes from the server itself. If the connection is then really
-        gone, the endpoint is unreachable from now on, before the watch finds out.
+    def failed(self, error: grpc.aio.AioRpcError) -> None:
+        """Note a call that ended in an error, and has been counted out.
+
+        If the connection is gone, the endpoint is unreachable from now on, before the watch finds out.
         """
-        self.unavailable += 1
-        self.last_error = message
-        if said_by_server or self.state is not State.READY:
-            return
-        if self._channel.get_state() is not grpc.ChannelConnectivity.READY:
-            self._set(State.UNREACHABLE, message)
-            self._watch_anew()
+        trailing = error.trailing_metadata() or ()
+        self._learn(trailing, self.in_flight)
+        code, said_by_server = error.code(), len(trailing) > 0
+        if code is grpc.StatusCode.UNAVAILABLE:
+            self.unavailable += 1
+            self.last_error = error.details() or ""
+            gone = self._channel.get_state() is not grpc.ChannelConnectivity.READY
+            if self.state is State.READY and gone and not said_by_server:
+                self._set(State.UNREACHABLE, self.last_error)
+                self._watch_anew()
+        if self.state is not State.READY:
+            return  # it is known to be away, and that is all there is to it
+        bad = speaks_against(code, said_by_server=said_by_server)
+        if bad:
+            self.record.failed(time.monotonic())
+            self._on_failure(self)
+        elif bad is not None:
+            self._well()
+
+    async def serves(self) -> bool:
+        """Ask it anew, over and above the watch, whether it is ready."""
+        check = self._channel.unary_unary(
+            _CHECK,
+            request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
+            response_deserializer=health_pb2.HealthCheckResponse.FromString,
+        )
+        try:
+            answer = await check(_READINESS, timeout=_CHECK_WITHIN_S)
+        except grpc.aio.AioRpcError:
+            return False
+        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def _well(self) -> None:
+        now = time.monotonic()
+        if self.record.succeeded(now):
+            log.info("endpoint is back", pool=self.pool, address=self.address)
+            self.ready_at = now
+            self._on_change(self)
+
+    def _learn(self, trailing: Iterable[Pair], in_flight: int) -> None:
+        for key, value in trailing:
+            if key == orca.LOAD_KEY and isinstance(value, bytes):
+                load = orca.decode(value)
+                if load is not None:
+                    self._heard(load, in_flight)
+
+    def _heard(self, load: orca.Load, in_flight: int) -> None:
+        self.load, self.heard_at, self.in_flight_then = load, time.monotonic(), in_flight
+
+    async def _follow_load(self) -> None:
+        # Beside the trailers of calls: those say nothing of an endpoint that is given none, and its load may be other
+        # gateways' doing.
+        stream = self._channel.unary_stream(orca.STREAM)
+        while True:
+            try:
+                async for data in stream(orca.request(self._load_interval_s)):
+                    load = orca.decode(data)
+                    if load is None:
+                        log.warning("load report not understood", pool=self.pool, address=self.address)
+                        self.reporting = False
+                        return
+                    self.reporting = True
+                    self._heard(load, self.in_flight)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                    self.reporting = False
+                    return
+            await asyncio.sleep(self._load_interval_s * random.uniform(0.8, 1.2))
+
+    def _follow_load_anew(self) -> None:
+        if self._following is not None:
+            self._following.cancel()
+            self._ending.add(self._following)
+            self._following.add_done_callback(self._ending.discard)
+            self._following = None
+        if self.state is State.READY:
+            self.load, self.heard_at = None, time.monotonic()
+            self._following = asyncio.create_task(self._follow_load(), name=f"watch load {self.pool} {self.address}")
 
     def _watch_anew(self) -> None:
         # The old watch may not notice: only some of its connection's streams were cut.
@@ -201,4 +298,7 @@ class Endpoint:
             # What stood in the way while it started is no news any more.
             self._was_ready, self.last_error = True, ""
         self.state = state
+        if state is State.READY:
+            self.ready_at = time.monotonic()
+        self._follow_load_anew()
         self._on_change(self)

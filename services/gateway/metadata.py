@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from services.kit import faults
+from services.kit import faults, orca
 
 Pair = tuple[str, str | bytes]
 Metadata = tuple[Pair, ...]
@@ -21,6 +21,7 @@ _HOP = frozenset(
 _RESERVED = ("grpc-", ":")
 # Reserved, yet part of a status that belongs to the caller.
 _OF_STATUS = frozenset((DETAILS_KEY, PUSHBACK_KEY))
+_KEPT_HERE = _HOP | {orca.LOAD_KEY, orca.ORCA_KEY}
 _SERVED = frozenset((POOL_KEY, ENDPOINT_KEY, HARDWARE_KEY))
 
 
@@ -48,7 +49,10 @@ def to_caller(metadata: Iterable[Pair] | None, served: Metadata) -> Metadata:
 
 
 def trailers(metadata: Iterable[Pair] | None) -> Metadata:
-    """An endpoint's trailing metadata as it is passed on, details of its status included."""
+    """An endpoint's trailing metadata as it is passed on, details of its status included.
+
+    Its load is for the gateway: a caller that balances by such reports would take it for the gateway's own.
+    """
     if not metadata:
         return ()
-    return tuple(p for p in metadata if p[0] in _OF_STATUS or not (p[0].startswith(_RESERVED) or p[0] in _HOP))
+    return tuple(p for p in metadata if p[0] in _OF_STATUS or not (p[0].startswith(_RESERVED) or p[0] in _KEPT_HERE))

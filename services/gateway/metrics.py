@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from services.gateway.ejection import Standing
 from services.gateway.endpoint import State
 from services.gateway.pools import Fleet
 
@@ -49,14 +50,29 @@ class _FleetCollector(Collector):
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
         in_flight = GaugeMetricFamily("inkwell_gateway_in_flight", "Calls under way, by pool.", labels=["pool"])
         endpoints = GaugeMetricFamily(
             "inkwell_gateway_endpoints", "Endpoints, by pool and state.", labels=["pool", "state"]
         )
+        ejected = GaugeMetricFamily(
+            "inkwell_gateway_ejected",
+            "Endpoints that are left out for their failures, or on trial after that, by pool.",
+            labels=["pool"],
+        )
+        ejections = CounterMetricFamily(
+            "inkwell_gateway_ejections",
+            "Times that an endpoint was left out for its failures, by pool and reason.",
+            labels=["pool", "reason"],
+        )
         for pool in self._fleet.pools:
+            ejected.add_metric([pool.name], sum(e.record.standing is not Standing.IN for e in pool.endpoints))
+            for reason, count in pool.ejections.items():
+                ejections.add_metric([pool.name, reason], count)
             in_flight.add_metric([pool.name], sum(endpoint.in_flight for endpoint in pool.endpoints))
             for state in State:
                 endpoints.add_metric([pool.name, state.value], pool.count(state))
+        yield ejected
+        yield ejections
         yield in_flight
         yield endpoints

@@ -2,14 +2,21 @@
 
 import asyncio
 import contextlib
+import functools
+import time
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
 
-from services.gateway.config import GatewayConfig, PoolConfig, parse_target
-from services.gateway.discovery import Resolver, addresses, resolve_host
+from services.gateway import balance, ejection
+from services.gateway.balance import BalanceRules
+from services.gateway.config import ConfigError, GatewayConfig, PoolConfig, Target, parse_target
+from services.gateway.discovery import NameWatch, Resolver, resolve_host
+from services.gateway.ejection import EjectionRules
 from services.gateway.endpoint import ChannelOptions, Endpoint, State
+from services.gateway.kubernetes import ApiServer, SliceWatch
 from services.gateway.preference import Preference
 from services.kit import faults
 
@@ -17,40 +24,72 @@ log = structlog.get_logger(__name__)
 
 # What a caller is told to wait when nothing is ready: about what a restarted service takes to be noticed.
 RETRY_AFTER_MS = 1000
+# How long the start waits for the first answer about a target. It may well come later; there are other pools.
+_FIRST_ANSWER_S = 5.0
 
 Tiers = tuple[tuple["Pool", ...], ...]
 
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """How endpoints are found, connected to, chosen and left out. kubernetes: None if there is no API server to ask."""
+
+    options: ChannelOptions = ChannelOptions()
+    resolver: Resolver = resolve_host
+    resolve_interval_s: float = 2.0
+    kubernetes: ApiServer | None = None
+    load_interval_s: float = 1.0
+    balance: BalanceRules = BalanceRules()
+    ejection: EjectionRules = EjectionRules()
+
 
 class Pool:
-    """Endpoints that run one service on one kind of hardware. `endpoints` are those in use now."""
+    """Endpoints that run one service on one kind of hardware. `endpoints` are those in use now.
 
-    def __init__(
-        self,
-        config: PoolConfig,
-        *,
-        options: ChannelOptions,
-        resolver: Resolver,
-        resolve_interval_s: float,
-        on_change: Callable[[], None],
-    ) -> None:
+    ejections: how often an endpoint was left out for its failures, by reason. Raises ConfigError for a target that
+    cannot be followed from here.
+    """
+
+    def __init__(self, config: PoolConfig, ways: Ways, *, on_change: Callable[[], None]) -> None:
         self.name = config.name
         self.service = config.service
         self.hardware = config.hardware
         self.targets = tuple(parse_target(text) for text in config.targets)
+        for target in self.targets:
+            if target.namespace and ways.kubernetes is None:
+                raise ConfigError(
+                    f"pool {self.name}: {target.text} needs a Kubernetes API server, and this process runs in no pod;"
+                    " set INKWELL_GATEWAY_KUBERNETES_URL"
+                )
         self.endpoints: list[Endpoint] = []
+        self.ejections = dict.fromkeys(ejection.REASONS, 0)
         self._found: dict[str, list[str]] = {}  # addresses of each target, by its text
-        self._options = options
-        self._resolver = resolver
-        self._interval = resolve_interval_s
+        self._names: list[NameWatch] = []
+        self._ways = ways
         self._on_change = on_change
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Find the endpoints once, and keep looking where names are to be resolved."""
-        await asyncio.gather(*(self._look_up(i) for i in range(len(self.targets))))
+        """Find the endpoints, and keep looking where they may change; returns when each target has answered once."""
+        first: list[Coroutine[Any, Any, None]] = []
+        for target in self.targets:
+            found = functools.partial(self._find, target)
+            if target.namespace:
+                assert self._ways.kubernetes is not None
+                slices = SliceWatch(target, self._ways.kubernetes, found=found)
+                self._spawn(slices.run(), f"resolve {target.text}")
+                first.append(slices.listed())
+            elif target.resolve:
+                names = NameWatch(target, self._ways.resolver, interval_s=self._ways.resolve_interval_s, found=found)
+                self._names.append(names)
+                first.append(names.look())
+            else:
+                self._found[target.text] = [target.address]
         self._apply()
-        if any(target.resolve for target in self.targets):
-            self._spawn(self._keep_looking(), f"resolve {self.name}")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_FIRST_ANSWER_S):
+                await asyncio.gather(*first)
+        for names in self._names:
+            self._spawn(names.run(), f"resolve {self.name}")
 
     async def stop(self) -> None:
         """Close everything."""
@@ -70,19 +109,36 @@ class Pool:
         counted = [f"{n} {state.value}" for state in State if (n := self.count(state))]
         return f"{self.name} ({', '.join(counted) or 'no endpoints'})"
 
-    async def _keep_looking(self) -> None:
-        while True:
-            await asyncio.sleep(self._interval)
-            await asyncio.gather(*(self._look_up(i) for i, t in enumerate(self.targets) if t.resolve))
-            self._apply()
+    def _find(self, target: Target, addresses: list[str]) -> None:
+        self._found[target.text] = addresses
+        self._apply()
 
-    async def _look_up(self, index: int) -> None:
-        target = self.targets[index]
-        try:
-            self._found[target.text] = await addresses(target, self._resolver)
-        except OSError as error:
-            # A name server that is away must not empty the pool: what was found last stays in use.
-            log.warning("cannot resolve", pool=self.name, target=target.text, error=str(error))
+    def _changed(self, endpoint: Endpoint) -> None:
+        if endpoint.state is State.UNREACHABLE:
+            for names in self._names:
+                names.soon()
+        self._on_change()
+
+    def _failed(self, endpoint: Endpoint) -> None:
+        now = time.monotonic()
+        others = [e.record for e in self.endpoints if e is not endpoint and e.state is State.READY]
+        reason = ejection.verdict(endpoint.record, others, now, self._ways.ejection)
+        if reason is None:
+            return
+        seconds = endpoint.record.eject(now)
+        self.ejections[reason] += 1
+        log.warning("endpoint left out", pool=self.name, address=endpoint.address, reason=reason, seconds=seconds)
+        self._spawn(self._bring_back(endpoint, seconds), f"bring back {endpoint.address}")
+        self._on_change()
+
+    async def _bring_back(self, endpoint: Endpoint, seconds: float) -> None:
+        while endpoint in self.endpoints:
+            await asyncio.sleep(seconds)
+            if await endpoint.serves():
+                log.info("endpoint on trial", pool=self.name, address=endpoint.address)
+                endpoint.record.try_again()
+                self._on_change()
+                return
 
     def _apply(self) -> None:
         wanted = dict.fromkeys(a for t in self.targets for a in self._found.get(t.text, ()))
@@ -93,8 +149,11 @@ class Pool:
                 address,
                 pool=self.name,
                 hardware=self.hardware,
-                options=self._options,
-                on_change=lambda _endpoint: self._on_change(),
+                options=self._ways.options,
+                on_change=self._changed,
+                on_failure=self._failed,
+                ejection=self._ways.ejection,
+                load_interval_s=self._ways.load_interval_s,
             )
             for address in wanted
             if address not in present
@@ -128,26 +187,11 @@ class Fleet:
     on_change: called after any endpoint changed its state, came or went.
     """
 
-    def __init__(
-        self,
-        config: GatewayConfig,
-        *,
-        options: ChannelOptions | None = None,
-        resolver: Resolver = resolve_host,
-        resolve_interval_s: float = 5.0,
-    ) -> None:
+    def __init__(self, config: GatewayConfig, ways: Ways | None = None) -> None:
         self._config = config
+        self._ways = ways or Ways()
         self.on_change: Callable[[], None] = lambda: None
-        self.pools = [
-            Pool(
-                pool,
-                options=options or ChannelOptions(),
-                resolver=resolver,
-                resolve_interval_s=resolve_interval_s,
-                on_change=self._changed,
-            )
-            for pool in config.pools
-        ]
+        self.pools = [Pool(pool, self._ways, on_change=self._changed) for pool in config.pools]
         self._turns = 0
         self._tiers: dict[tuple[str, Preference], Tiers] = {}
         self._change = asyncio.Event()
@@ -197,25 +241,12 @@ class Fleet:
         return tiers
 
     def choose(self, tiers: Tiers, tried: Collection[Endpoint] = ()) -> Endpoint | None:
-        """The ready endpoint with the fewest calls under way in the best tier that has one outside `tried`.
+        """As `balance.choose`, now."""
+        return balance.choose(tiers, tried, time.monotonic(), self._ways.balance)
 
-        Of several, the one chosen longest ago. None if there is none.
-        """
-        for tier in tiers:
-            best: Endpoint | None = None
-            for pool in tier:
-                for endpoint in pool.endpoints:
-                    if endpoint.state is not State.READY or endpoint in tried:
-                        continue
-                    if (
-                        best is None
-                        or endpoint.in_flight < best.in_flight
-                        or (endpoint.in_flight == best.in_flight and endpoint.turn < best.turn)
-                    ):
-                        best = endpoint
-            if best is not None:
-                return best
-        return None
+    def expected_wait_s(self, endpoint: Endpoint) -> float:
+        """As `balance.expected_wait_s`, now."""
+        return balance.expected_wait_s(endpoint, time.monotonic(), self._ways.balance)
 
     def next_turn(self) -> int:
         """A number for Endpoint.begin, larger than any before."""

@@ -110,7 +110,7 @@ async def _attempts(
 async def _relay_one(call: RoutedCall, upstream: Any) -> bytes:
     response: bytes = await upstream
     await call.send_header(await upstream.initial_metadata())
-    call.context.set_trailing_metadata(metadata.trailers(await upstream.trailing_metadata()))
+    call.context.set_trailing_metadata(call.trailers(await upstream.trailing_metadata()))
     return response
 
 
@@ -122,7 +122,7 @@ async def _relay_stream(call: RoutedCall, upstream: Any) -> None:
         # One message at a time: a caller that reads slowly slows the endpoint down, and nothing piles up here.
         await call.write(message)
         message = await upstream.read()
-    call.context.set_trailing_metadata(metadata.trailers(await upstream.trailing_metadata()))
+    call.context.set_trailing_metadata(call.trailers(await upstream.trailing_metadata()))
 
 
 async def _unrouted(_requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> None:

@@ -110,10 +110,12 @@ class RoutedCall:
         ready, within the deadline and the `retry_wait_s` of the whole call.
         """
         failed = self._endpoint
-        if failed is None or error.code() is not grpc.StatusCode.UNAVAILABLE:
+        if failed is None:
             return None
+        failed.failed(error)
         trailing = error.trailing_metadata() or ()
-        failed.failed(error.details() or "", said_by_server=len(trailing) > 0)
+        if error.code() is not grpc.StatusCode.UNAVAILABLE:
+            return None
         if self.answered or self.attempts >= self._settings.max_attempts:
             return None
         if self.feed is not None and not self.feed.repeatable:
@@ -152,6 +154,12 @@ class RoutedCall:
             return None
         self._wait_left_s -= loop.time() - began
         return endpoint
+
+    def trailers(self, received: metadata.Metadata) -> metadata.Metadata:
+        """The trailers of a call that ended well, as they are passed on; the endpoint's load is read from them."""
+        if self._endpoint is not None:
+            self._endpoint.answered(received)
+        return metadata.trailers(received)
 
     async def send_header(self, received: metadata.Metadata) -> None:
         """Send the caller the endpoint's initial metadata and who serves it."""

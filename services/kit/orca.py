@@ -120,7 +120,7 @@ def register(server: grpc.aio.Server, current: Callable[[], Load]) -> None:
 def _interval_s(wanted: Any) -> float:
     if not wanted.HasField("report_interval"):
         return USUAL_INTERVAL_S
-    asked = wanted.report_interval.seconds + wanted.report_interval.nanos / 1e9
+    asked: float = wanted.report_interval.seconds + wanted.report_interval.nanos / 1e9
     return min(max(asked, SHORTEST_INTERVAL_S), LONGEST_INTERVAL_S)
 
 
@@ -170,9 +170,9 @@ def _messages() -> tuple[Any, Any]:
     )
     asked.field.add(name="request_cost_names", number=2, type=kinds.TYPE_STRING, label=kinds.LABEL_REPEATED)
     pool.Add(service)
-    return tuple(
-        message_factory.GetMessageClass(pool.FindMessageTypeByName(name))
-        for name in ("xds.data.orca.v3.OrcaLoadReport", "xds.service.orca.v3.OrcaLoadReportRequest")
+    return (
+        message_factory.GetMessageClass(pool.FindMessageTypeByName("xds.data.orca.v3.OrcaLoadReport")),
+        message_factory.GetMessageClass(pool.FindMessageTypeByName("xds.service.orca.v3.OrcaLoadReportRequest")),
     )
 
 

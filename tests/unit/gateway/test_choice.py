@@ -1,7 +1,8 @@
 """Which endpoint a call gets: tiers of hardware first, then load, then turn."""
 
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.gateway import config, preference
+from services.gateway.ejection import EjectionRules, Record
 from services.gateway.endpoint import State
 from services.gateway.pools import Fleet, none_ready
 from services.kit.faults import Fault, Kind
@@ -22,6 +24,11 @@ class Standing:
     in_flight: int
     tier: str
     turn: int = 0
+    load: None = None
+    reporting: bool = False
+    heard_at: float = -math.inf
+    ready_at: float = -math.inf
+    record: Record = field(default_factory=lambda: Record(EjectionRules()))
 
 
 def fleet_of(*labels: str, service: str = "ocr", defaults: list[str] | None = None) -> Fleet:
