@@ -35,16 +35,22 @@ class AsyncClient(AsyncReader, AsyncCompiling):
         prompt: str,
         *,
         timeout_s: float | None = None,
+        request_id: str | None = None,
         on_event: Callable[[types.PaintEvent], object] | None = None,
         **options: Unpack[types.PaintOptions],
     ) -> list[types.Picture]:
         """Paint pictures; see `Client.paint`."""
-        result = await last(self.paint_stream(prompt, timeout_s=timeout_s, **options), on_event)
+        result = await last(self.paint_stream(prompt, timeout_s=timeout_s, request_id=request_id, **options), on_event)
         assert isinstance(result, types.PaintResult)
         return list(result.pictures)
 
     def paint_stream(
-        self, prompt: str, *, timeout_s: float | None = None, **options: Unpack[types.PaintOptions]
+        self,
+        prompt: str,
+        *,
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+        **options: Unpack[types.PaintOptions],
     ) -> AsyncGenerator[types.PaintEvent, None]:
         """The same as events, the result last; see `Client.paint_stream`."""
         request, attachments = generate_request(prompt, options)
@@ -56,7 +62,7 @@ class AsyncClient(AsyncReader, AsyncCompiling):
 
         def start(ready: diffusion_pb2.GenerateRequest) -> AsyncGenerator[types.PaintEvent, None]:
             method = self._diffusion().Generate
-            return self._stream(method, ready, paint.paint_event, types.PaintResult, timeout_s)
+            return self._stream(method, ready, paint.paint_event, types.PaintResult, timeout_s, request_id)
 
         return self._later(complete, start)
 

@@ -1,6 +1,7 @@
 """Making calls on an event loop: one answer, a stream of events, or a shared stream of many."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -10,7 +11,7 @@ import grpc
 from inkwell import types
 from inkwell.aio_stream import messages
 from inkwell.batch import IMAGE_BYTES_MOST, WINDOW, BatchBook, BatchItem, Outcome
-from inkwell.channel import DEFAULT_TIMEOUT_S, call_metadata, open_aio_channel, wait_until_ready_async
+from inkwell.channel import DEFAULT_TIMEOUT_S, call_metadata, named, open_aio_channel, wait_until_ready_async
 from inkwell.converters import shared
 from inkwell.errors import TooLarge, error_from_rpc
 from inkwell.files import load
@@ -72,15 +73,24 @@ class AsyncCalls:
     def _watch(self) -> operations_pb2_grpc.OperationsWatchServiceStub:
         return operations_pb2_grpc.OperationsWatchServiceStub(self._channel())
 
-    async def _prepare(self) -> None:
-        if self._wait_for_ready_s is not None:
+    async def _prepare(self, timeout_s: float | None) -> float | None:
+        """Wait for a connection if that was asked for; answers what is left of the call's time, in seconds."""
+        if self._wait_for_ready_s is None:
+            return timeout_s
+        if timeout_s is None:
             await wait_until_ready_async(self._channel(), self._target, self._wait_for_ready_s)
+            return None
+        began = time.monotonic()
+        await wait_until_ready_async(self._channel(), self._target, min(self._wait_for_ready_s, timeout_s))
+        return max(0.0, timeout_s - (time.monotonic() - began))
 
-    async def _unary(self, method: Any, request: Any, timeout_s: float | None) -> tuple[Any, types.ServedBy]:
-        await self._prepare()
-        timeout = self._timeout_s if timeout_s is None else timeout_s
+    async def _unary(
+        self, method: Any, request: Any, timeout_s: float | None, request_id: str | None = None
+    ) -> tuple[Any, types.ServedBy]:
+        metadata = named(self._metadata, request_id)
+        timeout = await self._prepare(self._timeout_s if timeout_s is None else timeout_s)
         try:
-            call = method(request, timeout=timeout, metadata=self._metadata)
+            call = method(request, timeout=timeout, metadata=metadata)
             answer = await call
             return answer, shared.served_by(await call.initial_metadata())
         except grpc.RpcError as error:
@@ -93,10 +103,11 @@ class AsyncCalls:
         convert: Callable[[Any, types.ServedBy], Event | None],
         final: type[Any],
         timeout_s: float | None,
+        request_id: str | None = None,
     ) -> AsyncGenerator[Event, None]:
-        await self._prepare()
-        timeout = self._timeout_s if timeout_s is None else timeout_s
-        call = method(request, timeout=timeout, metadata=self._metadata)
+        metadata = named(self._metadata, request_id)
+        timeout = await self._prepare(self._timeout_s if timeout_s is None else timeout_s)
+        call = method(request, timeout=timeout, metadata=metadata)
         event: Event | None = None
         served: types.ServedBy | None = None
         sequence = 0
@@ -128,9 +139,9 @@ class AsyncCalls:
     async def _batch(
         self, images: Iterable[BatchItem] | AsyncIterable[BatchItem], book: BatchBook, timeout_s: float | None
     ) -> AsyncGenerator[Outcome, None]:
-        await self._prepare()
+        timeout = await self._prepare(timeout_s)
         places = asyncio.Semaphore(WINDOW)
-        call = ocr_pb2_grpc.OcrServiceStub(self._channel()).BatchRecognize(timeout=timeout_s, metadata=self._metadata)
+        call = ocr_pb2_grpc.OcrServiceStub(self._channel()).BatchRecognize(timeout=timeout, metadata=self._metadata)
 
         async def send() -> None:
             source = _iterate(images)

@@ -95,11 +95,11 @@ class AsyncCompiling(AsyncCalls):
         timeout_s: float | None,
         on_progress: Callable[[types.DownloadProgress], object] | None,
     ) -> None:
-        await self._prepare()
+        timeout = await self._prepare(timeout_s)
         request = compiler_pb2.DownloadArtifactRequest(
             id=artifact_id, path=download.file.path, offset_bytes=download.offset_bytes
         )
-        call = self._compiler().DownloadArtifact(request, timeout=timeout_s, metadata=self._metadata)
+        call = self._compiler().DownloadArtifact(request, timeout=timeout, metadata=self._metadata)
         try:
             with download.open() as stream:
                 async for chunk in call:

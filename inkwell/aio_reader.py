@@ -32,6 +32,7 @@ class AsyncReader(AsyncCalls):
         no_repeat_ngram_size: int | None = None,
         early_stopping: str | None = None,
         timeout_s: float | None = None,
+        request_id: str | None = None,
         on_event: Callable[[types.ReadEvent], object] | None = None,
     ) -> types.Reading:
         """Read one line of handwriting; see `Client.read`."""
@@ -41,9 +42,9 @@ class AsyncReader(AsyncCalls):
         )  # fmt: skip
         if on_event is None:
             request = read.recognize_request(await load_async(image, most=_MOST), options)
-            answer, served = await self._unary(self._ocr().Recognize, request, timeout_s)
+            answer, served = await self._unary(self._ocr().Recognize, request, timeout_s, request_id)
             return read.reading(answer.recognition, served)
-        result = await last(self._read_events(image, options, timeout_s), on_event)
+        result = await last(self._read_events(image, options, timeout_s, request_id), on_event)
         assert isinstance(result, types.ReadResult)
         return result.reading
 
@@ -60,13 +61,14 @@ class AsyncReader(AsyncCalls):
         no_repeat_ngram_size: int | None = None,
         early_stopping: str | None = None,
         timeout_s: float | None = None,
+        request_id: str | None = None,
     ) -> AsyncGenerator[types.ReadEvent, None]:
         """The same as events, the result last; see `Client.read_stream`."""
         options = ReadOptions(
             model, beam_width, hypothesis_count, length_penalty, max_new_token_count, no_repeat_ngram_size,
             early_stopping, several("languages", languages),
         )  # fmt: skip
-        return self._read_events(image, options, timeout_s)
+        return self._read_events(image, options, timeout_s, request_id)
 
     def read_many(
         self,
@@ -107,6 +109,7 @@ class AsyncReader(AsyncCalls):
         no_repeat_ngram_size: int | None = None,
         early_stopping: str | None = None,
         timeout_s: float | None = None,
+        request_id: str | None = None,
         on_event: Callable[[types.DocumentEvent], object] | None = None,
     ) -> types.Document:
         """Read a document: find the lines of its pages and read them; see `Client.read_document`."""
@@ -115,7 +118,7 @@ class AsyncReader(AsyncCalls):
             early_stopping, several("languages", languages),
         )  # fmt: skip
         request = document_request(DocumentOptions(options, pages, dpi, min_confidence, orientation, export))
-        result = await last(self._document_events(document, request, timeout_s), on_event)
+        result = await last(self._document_events(document, request, timeout_s, request_id), on_event)
         assert isinstance(result, types.DocumentResult)
         return result.document
 
@@ -137,6 +140,7 @@ class AsyncReader(AsyncCalls):
         no_repeat_ngram_size: int | None = None,
         early_stopping: str | None = None,
         timeout_s: float | None = None,
+        request_id: str | None = None,
     ) -> AsyncGenerator[types.DocumentEvent, None]:
         """The same as events, the result last; see `Client.read_document_stream`."""
         options = ReadOptions(
@@ -144,7 +148,7 @@ class AsyncReader(AsyncCalls):
             early_stopping, several("languages", languages),
         )  # fmt: skip
         request = document_request(DocumentOptions(options, pages, dpi, min_confidence, orientation, export))
-        return self._document_events(document, request, timeout_s)
+        return self._document_events(document, request, timeout_s, request_id)
 
     async def embed(
         self,
@@ -155,30 +159,35 @@ class AsyncReader(AsyncCalls):
         dtype: str = "float32",
         normalize: bool = False,
         timeout_s: float | None = None,
+        request_id: str | None = None,
     ) -> types.Embeddings:
         """The encoder's hidden states of pictures of one line each; see `Client.embed`."""
         contents = [await load_async(image, most=_MOST) for image in read.each_of(images)]
         request = embed_request(contents, model=model, pooling=pooling, dtype=dtype, normalize=normalize)
-        answer, served = await self._unary(self._ocr().Embed, request, timeout_s)
+        answer, served = await self._unary(self._ocr().Embed, request, timeout_s, request_id)
         return embeddings(answer, served)
 
     def _ocr(self) -> ocr_pb2_grpc.OcrServiceStub:
         return ocr_pb2_grpc.OcrServiceStub(self._channel())
 
     def _read_events(
-        self, image: types.ImageSource, options: ReadOptions, timeout_s: float | None
+        self, image: types.ImageSource, options: ReadOptions, timeout_s: float | None, request_id: str | None
     ) -> AsyncGenerator[types.ReadEvent, None]:
         async def request() -> ocr_pb2.StreamRecognizeRequest:
             return read.stream_recognize_request(await load_async(image, most=_MOST), options)
 
         def start(ready: ocr_pb2.StreamRecognizeRequest) -> AsyncGenerator[types.ReadEvent, None]:
             method = self._ocr().StreamRecognize
-            return self._stream(method, ready, read.read_event, types.ReadResult, timeout_s)
+            return self._stream(method, ready, read.read_event, types.ReadResult, timeout_s, request_id)
 
         return self._later(request, start)
 
     def _document_events(
-        self, source: types.ImageSource, request: ocr_pb2.ReadDocumentRequest, timeout_s: float | None
+        self,
+        source: types.ImageSource,
+        request: ocr_pb2.ReadDocumentRequest,
+        timeout_s: float | None,
+        request_id: str | None,
     ) -> AsyncGenerator[types.DocumentEvent, None]:
         async def complete() -> ocr_pb2.ReadDocumentRequest:
             request.content = await load_async(source, field="content", most=_MOST)
@@ -186,6 +195,6 @@ class AsyncReader(AsyncCalls):
 
         def start(ready: ocr_pb2.ReadDocumentRequest) -> AsyncGenerator[types.DocumentEvent, None]:
             convert = DocumentAssembler().event
-            return self._stream(self._ocr().ReadDocument, ready, convert, types.DocumentResult, timeout_s)
+            return self._stream(self._ocr().ReadDocument, ready, convert, types.DocumentResult, timeout_s, request_id)
 
         return self._later(complete, start)

@@ -1,5 +1,6 @@
 """Making blocking calls: one answer, a stream of events, or a shared stream of many."""
 
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from queue import SimpleQueue
 from types import TracebackType
@@ -9,7 +10,7 @@ import grpc
 
 from inkwell import types
 from inkwell.batch import IMAGE_BYTES_MOST, WINDOW, BatchBook, BatchItem, Outcome
-from inkwell.channel import DEFAULT_TIMEOUT_S, call_metadata, open_channel, wait_until_ready
+from inkwell.channel import DEFAULT_TIMEOUT_S, call_metadata, named, open_channel, wait_until_ready
 from inkwell.converters import shared
 from inkwell.diffusion.v1 import diffusion_pb2_grpc
 from inkwell.errors import TooLarge, error_from_rpc
@@ -42,7 +43,8 @@ class Calls:
         hardware: ordered preference for the gateway, such as "cuda, cpu"; "cuda!" for only that.
         priority: "low", "normal" or "high".
         timeout_s: how long each call may take unless the call says otherwise; None for ever.
-        wait_for_ready_s: how long a call waits for a connection; None fails at once while nobody answers.
+        wait_for_ready_s: how long a call waits for a connection, within its time; None fails at once while nobody
+            answers.
         credentials: `grpc.ChannelCredentials` for TLS; None for plaintext.
         metadata: sent with every call.
         """
@@ -69,14 +71,23 @@ class Calls:
         """Close the connection; calls under way are cancelled."""
         self._channel.close()
 
-    def _prepare(self) -> None:
-        if self._wait_for_ready_s is not None:
+    def _prepare(self, timeout_s: float | None) -> float | None:
+        """Wait for a connection if that was asked for; answers what is left of the call's time, in seconds."""
+        if self._wait_for_ready_s is None:
+            return timeout_s
+        if timeout_s is None:
             wait_until_ready(self._channel, self._target, self._wait_for_ready_s)
+            return None
+        began = time.monotonic()
+        wait_until_ready(self._channel, self._target, min(self._wait_for_ready_s, timeout_s))
+        return max(0.0, timeout_s - (time.monotonic() - began))
 
-    def _unary(self, method: Any, request: Any, timeout_s: float | None) -> tuple[Any, types.ServedBy]:
-        self._prepare()
-        timeout = self._timeout_s if timeout_s is None else timeout_s
-        call = method.future(request, timeout=timeout, metadata=self._metadata)
+    def _unary(
+        self, method: Any, request: Any, timeout_s: float | None, request_id: str | None = None
+    ) -> tuple[Any, types.ServedBy]:
+        metadata = named(self._metadata, request_id)
+        timeout = self._prepare(self._timeout_s if timeout_s is None else timeout_s)
+        call = method.future(request, timeout=timeout, metadata=metadata)
         try:
             answer = call.result()
             return answer, shared.served_by(call.initial_metadata())
@@ -92,10 +103,11 @@ class Calls:
         convert: Callable[[Any, types.ServedBy], Event | None],
         final: type[Any],
         timeout_s: float | None,
+        request_id: str | None = None,
     ) -> Generator[Event, None, None]:
-        self._prepare()
-        timeout = self._timeout_s if timeout_s is None else timeout_s
-        call = method(request, timeout=timeout, metadata=self._metadata)
+        metadata = named(self._metadata, request_id)
+        timeout = self._prepare(self._timeout_s if timeout_s is None else timeout_s)
+        call = method(request, timeout=timeout, metadata=metadata)
         event: Event | None = None
         served: types.ServedBy | None = None
         sequence = 0
@@ -116,7 +128,7 @@ class Calls:
     def _batch(
         self, images: Iterator[BatchItem], book: BatchBook, timeout_s: float | None
     ) -> Generator[Outcome, None, None]:
-        self._prepare()
+        timeout = self._prepare(timeout_s)
         # Ctrl-C may strike the main thread inside any lock written in Python and leave it held; these queues have none.
         places: SimpleQueue[bool] = SimpleQueue()
         for _ in range(WINDOW):
@@ -140,7 +152,7 @@ class Calls:
                 book.source_error = error
                 calls.get().cancel()
 
-        call = self._ocr.BatchRecognize(requests(), timeout=timeout_s, metadata=self._metadata)
+        call = self._ocr.BatchRecognize(requests(), timeout=timeout, metadata=self._metadata)
         calls.put(call)
         served: types.ServedBy | None = None
         try:

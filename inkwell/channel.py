@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -35,8 +36,19 @@ RETRY_BUFFER_BYTES = 64 * MIB
 KEEPALIVE_S = 30.0
 """A silent connection with calls under way is probed this often …"""
 
-KEEPALIVE_TIMEOUT_S = 10.0
+KEEPALIVE_TIMEOUT_S = 20.0
 """… and given up when the probe is not answered within this time."""
+
+RECONNECT_FIRST_S = 0.2
+"""A connection that failed is tried again after this time, …"""
+
+RECONNECT_MOST_S = 5.0
+"""… and then after times that grow to this one; gRPC's own two minutes would leave a server that is back unused. Both
+with gRPC's jitter of ±20 %."""
+
+REQUEST_ID_KEY = "inkwell-request-id"
+"""Metadata that names a call, so that the services know its repetition: it joins the call under way, or gets the answer
+that they kept, and nothing is computed twice."""
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -70,7 +82,14 @@ def channel_options() -> list[tuple[str, Any]]:
         ("grpc.per_rpc_retry_buffer_size", RETRY_BUFFER_BYTES),
         ("grpc.keepalive_time_ms", int(KEEPALIVE_S * 1000)),
         ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),
+        # A probe waits for the answer to any other ping, such as the ones that measure bandwidth after data came in; to
+        # these gRPC gives a minute unless told otherwise.
+        ("grpc.http2.ping_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),
         ("grpc.keepalive_permit_without_calls", 0),
+        # Else a stream on which only the server speaks, such as a watch, is not probed any more after two probes.
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.initial_reconnect_backoff_ms", int(RECONNECT_FIRST_S * 1000)),
+        ("grpc.max_reconnect_backoff_ms", int(RECONNECT_MOST_S * 1000)),
     ]
 
 
@@ -102,7 +121,21 @@ def call_metadata(
             raise invalid("metadata", f"keys are lower-case letters, digits, '-' and '_', not {key!r}")
         if not (isinstance(value, str) and value.isascii() and value.isprintable()):
             raise invalid(key, "metadata values are printable ASCII")  # not shown: it may be a secret
+        if key == REQUEST_ID_KEY:
+            raise invalid(key, "it names one call, so it cannot be sent with every call; the SDK gives each its own")
     return tuple(items)
+
+
+def named(metadata: Metadata, request_id: str | None) -> Metadata:
+    """The metadata of one call, with the id that all attempts at it share: one of its own if None.
+
+    Raises InvalidRequest for one that is no UUID.
+    """
+    try:
+        number = uuid.uuid4() if request_id is None else uuid.UUID(request_id)
+    except (ValueError, TypeError, AttributeError):
+        raise invalid("request_id", f"{str(request_id)[:80]!r} is not a UUID; str(uuid.uuid4()) makes one") from None
+    return (*metadata, (REQUEST_ID_KEY, str(number)))
 
 
 def wait_until_ready(channel: Any, target: str, wait_s: float) -> None:

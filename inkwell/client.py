@@ -33,25 +33,33 @@ class Client(Reader, Compiling):
         prompt: str,
         *,
         timeout_s: float | None = None,
+        request_id: str | None = None,
         on_event: Callable[[types.PaintEvent], object] | None = None,
         **options: Unpack[types.PaintOptions],
     ) -> list[types.Picture]:
         """Paint pictures; options left out take the model's defaults, which `models` shows.
 
         options: see `PaintOptions`, such as `seed=7`, `steps=30`, `image="photo.png"` or `loras=["fluent"]`.
-        on_event: called with every event as it comes, the result last.
+        request_id: see `read`. on_event: called with every event as it comes, the result last.
         """
-        result = last(self.paint_stream(prompt, timeout_s=timeout_s, **options), on_event)
+        result = last(self.paint_stream(prompt, timeout_s=timeout_s, request_id=request_id, **options), on_event)
         assert isinstance(result, types.PaintResult)
         return list(result.pictures)
 
     def paint_stream(
-        self, prompt: str, *, timeout_s: float | None = None, **options: Unpack[types.PaintOptions]
+        self,
+        prompt: str,
+        *,
+        timeout_s: float | None = None,
+        request_id: str | None = None,
+        **options: Unpack[types.PaintOptions],
     ) -> Generator[types.PaintEvent, None, None]:
         """The same as events: queued, started, progress, previews, the result last. Closing it cancels the call."""
         request, attachments = generate_request(prompt, options)
         attach(attachments)
-        return self._stream(self._diffusion.Generate, request, paint.paint_event, types.PaintResult, timeout_s)
+        return self._stream(
+            self._diffusion.Generate, request, paint.paint_event, types.PaintResult, timeout_s, request_id
+        )
 
     # --- what there is ---------------------------------------------------------------------------------------------
 

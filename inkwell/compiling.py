@@ -96,11 +96,11 @@ class Compiling(Calls):
         timeout_s: float | None,
         on_progress: Callable[[types.DownloadProgress], object] | None,
     ) -> None:
-        self._prepare()
+        timeout = self._prepare(timeout_s)
         request = compiler_pb2.DownloadArtifactRequest(
             id=artifact_id, path=download.file.path, offset_bytes=download.offset_bytes
         )
-        call = self._compiler.DownloadArtifact(request, timeout=timeout_s, metadata=self._metadata)
+        call = self._compiler.DownloadArtifact(request, timeout=timeout, metadata=self._metadata)
         try:
             with download.open() as stream:
                 for chunk in call:

@@ -9,7 +9,7 @@ from google.protobuf import empty_pb2
 
 from inkwell import types
 from inkwell.converters import operation, shared
-from inkwell.errors import InkwellError, Unavailable
+from inkwell.errors import DeadlineExceeded, InkwellError, Unavailable
 from inkwell.operations.v1 import operations_pb2 as watch_pb2
 
 # A server that is restarted, or a gateway that finds another one, is back well within this time.
@@ -44,12 +44,20 @@ class OperationsStub:
 class Following:
     """What a watcher has seen of an operation, and whether it asks again when the stream breaks.
 
-    after_sequence: it has seen the events up to this one.
+    after_sequence: it has seen the events up to this one. timeout_s: time that it has, None for ever.
     """
 
-    def __init__(self, name: str, after_sequence: int, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        name: str,
+        after_sequence: int,
+        *,
+        timeout_s: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._name = name
         self._clock = clock
+        self._deadline = None if timeout_s is None else clock() + timeout_s
         self._failed_since: float | None = None
         self._delay_s = _FIRST_DELAY_S
         self.sequence = after_sequence
@@ -58,14 +66,25 @@ class Following:
         """For all that has not been seen."""
         return watch_pb2.WatchRequest(name=self._name, after_sequence=self.sequence)
 
+    def left_s(self) -> float | None:
+        """Seconds that are left, None for any number."""
+        return None if self._deadline is None else max(0.0, self._deadline - self._clock())
+
     def take(self, response: watch_pb2.WatchResponse) -> types.OperationEvent | None:
         """The event of the next message; raises InternalError if one is missing before it."""
         self.sequence = shared.in_sequence(self.sequence, response)
         self._failed_since, self._delay_s = None, _FIRST_DELAY_S
         return operation.event(response)
 
+    def ended_early(self) -> Unavailable:
+        """The error of a stream that something on the way ended well, before the operation was done."""
+        return Unavailable(f"the stream of {self._name} ended before it was done", reason="STREAM_ENDED")
+
     def delay_s(self, error: InkwellError) -> float:
-        """How long to wait before asking again; raises `error` where that would not help, or has not for too long."""
+        """How long to wait before asking again; raises `error` where that would not help, or has not for too long.
+
+        Raises DeadlineExceeded if no time is left.
+        """
         if not isinstance(error, Unavailable) and not _stream_broke(error):
             raise error
         now = self._clock()
@@ -73,7 +92,12 @@ class Following:
         if now - self._failed_since >= GIVE_UP_S:
             raise error
         delay_s, self._delay_s = self._delay_s, min(2 * self._delay_s, _DELAY_MOST_S)
-        return max(delay_s, min(error.retry_after_s or 0.0, _DELAY_MOST_S))
+        delay_s = max(delay_s, min(error.retry_after_s or 0.0, _DELAY_MOST_S))
+        if (left_s := self.left_s()) is None:
+            return delay_s
+        if not left_s:
+            raise DeadlineExceeded(f"{self._name} was not done in time", reason="DEADLINE_EXCEEDED") from error
+        return min(delay_s, left_s)
 
 
 def _stream_broke(error: InkwellError) -> bool:

@@ -9,7 +9,7 @@ from google.longrunning import operations_pb2
 
 from inkwell import types
 from inkwell.converters import operation
-from inkwell.errors import error_from_rpc
+from inkwell.errors import InkwellError, Unavailable, error_from_rpc
 from inkwell.longrunning import Following
 
 if TYPE_CHECKING:
@@ -80,25 +80,34 @@ class Operation(Generic[Result]):
         A stream that breaks is taken up where it broke, for a minute. Closing the iterator does not end the operation.
         """
         calls = self._calls
-        following = Following(self.name, after_sequence)
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        following = Following(self.name, after_sequence, timeout_s=timeout_s)
         while True:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            calls._prepare()
-            stream = calls._watch.Watch(following.request(), timeout=left, metadata=calls._metadata)
+            was_done = self.done
+            stream: Any = None
             try:
+                timeout = calls._prepare(following.left_s())
+                stream = calls._watch.Watch(following.request(), timeout=timeout, metadata=calls._metadata)
                 for response in stream:
                     event = following.take(response)
                     if response.HasField("done"):
                         self._message = response.done
                     if event is not None:
                         yield event
-                return
+                if was_done or self.done:
+                    return
+                # It was done before, with nothing left to say, or else something on the way ended the stream.
+                self.refresh(timeout_s=timeout)
+                if self.done:
+                    continue
+                failure: InkwellError = following.ended_early()
             except grpc.RpcError as error:
-                delay_s = following.delay_s(error_from_rpc(error, calls._target))
+                failure = error_from_rpc(error, calls._target)
+            except Unavailable as error:  # no connection
+                failure = error
             finally:
-                stream.cancel()
-            time.sleep(delay_s)
+                if stream is not None:
+                    stream.cancel()
+            time.sleep(following.delay_s(failure))
 
     def cancel(self, *, timeout_s: float | None = None) -> None:
         """End it, if it is not done; it then raises Cancelled."""

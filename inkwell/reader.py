@@ -33,6 +33,7 @@ class Reader(Calls):
         no_repeat_ngram_size: int | None = None,
         early_stopping: str | None = None,
         timeout_s: float | None = None,
+        request_id: str | None = None,
         on_event: Callable[[types.ReadEvent], object] | None = None,
     ) -> types.Reading:
         """Read one line of handwriting; options left out take the model's defaults, which `models` shows.
@@ -44,6 +45,8 @@ class Reader(Calls):
         length_penalty: -5 to 5, above 0 favours longer text; beam search only.
         no_repeat_ngram_size: no run of so many tokens comes twice, 0 to 64; 0 allows all repetition.
         early_stopping: "first", "heuristic" or "never"; see `EarlyStopping`.
+        request_id: a UUID that this call shares with an earlier one that asked the same: nothing is computed that is
+            under way, or was answered a short while ago, under that id. One of its own if left out.
         on_event: called with every event as it comes, the result last.
         """
         options = ReadOptions(
@@ -53,9 +56,9 @@ class Reader(Calls):
         content = load(image, most=_MOST)
         if on_event is None:
             request = read.recognize_request(content, options)
-            answer, served = self._unary(self._ocr.Recognize, request, timeout_s)
+            answer, served = self._unary(self._ocr.Recognize, request, timeout_s, request_id)
             return read.reading(answer.recognition, served)
-        result = last(self._read_events(content, options, timeout_s), on_event)
+        result = last(self._read_events(content, options, timeout_s, request_id), on_event)
         assert isinstance(result, types.ReadResult)
         return result.reading
 
@@ -72,13 +75,14 @@ class Reader(Calls):
         no_repeat_ngram_size: int | None = None,
         early_stopping: str | None = None,
         timeout_s: float | None = None,
+        request_id: str | None = None,
     ) -> Generator[types.ReadEvent, None, None]:
         """The same as events: queued, started, partial text, the result last. Closing it cancels the call."""
         options = ReadOptions(
             model, beam_width, hypothesis_count, length_penalty, max_new_token_count, no_repeat_ngram_size,
             early_stopping, several("languages", languages),
         )  # fmt: skip
-        return self._read_events(load(image, most=_MOST), options, timeout_s)
+        return self._read_events(load(image, most=_MOST), options, timeout_s, request_id)
 
     def read_many(
         self,
@@ -125,6 +129,7 @@ class Reader(Calls):
         no_repeat_ngram_size: int | None = None,
         early_stopping: str | None = None,
         timeout_s: float | None = None,
+        request_id: str | None = None,
         on_event: Callable[[types.DocumentEvent], object] | None = None,
     ) -> types.Document:
         """Read a document: find the lines of its pages and read them in order.
@@ -145,7 +150,7 @@ class Reader(Calls):
             early_stopping, several("languages", languages),
         )  # fmt: skip
         request = document_request(DocumentOptions(options, pages, dpi, min_confidence, orientation, export))
-        result = last(self._document_events(document, request, timeout_s), on_event)
+        result = last(self._document_events(document, request, timeout_s, request_id), on_event)
         assert isinstance(result, types.DocumentResult)
         return result.document
 
@@ -167,6 +172,7 @@ class Reader(Calls):
         no_repeat_ngram_size: int | None = None,
         early_stopping: str | None = None,
         timeout_s: float | None = None,
+        request_id: str | None = None,
     ) -> Generator[types.DocumentEvent, None, None]:
         """The same as events: queued, started, progress, pages begun, lines read, pages read, files, the result last.
 
@@ -177,7 +183,7 @@ class Reader(Calls):
             early_stopping, several("languages", languages),
         )  # fmt: skip
         request = document_request(DocumentOptions(options, pages, dpi, min_confidence, orientation, export))
-        return self._document_events(document, request, timeout_s)
+        return self._document_events(document, request, timeout_s, request_id)
 
     def embed(
         self,
@@ -188,28 +194,33 @@ class Reader(Calls):
         dtype: str = "float32",
         normalize: bool = False,
         timeout_s: float | None = None,
+        request_id: str | None = None,
     ) -> types.Embeddings:
         """The encoder's hidden states of pictures of one line each, in the order given.
 
         images: one picture or several, each as in `read`; all travel in one request.
         pooling: "mean" over all tokens, "cls" for the first token, "none" for all of them.
-        dtype: "float32" or "float16". normalize: scale each vector to length 1 (L2).
+        request_id: see `read`. dtype: "float32" or "float16". normalize: scale each vector to length 1 (L2).
         """
         contents = [load(image, most=_MOST) for image in read.each_of(images)]
         request = embed_request(contents, model=model, pooling=pooling, dtype=dtype, normalize=normalize)
-        answer, served = self._unary(self._ocr.Embed, request, timeout_s)
+        answer, served = self._unary(self._ocr.Embed, request, timeout_s, request_id)
         return embeddings(answer, served)
 
     def _read_events(
-        self, content: bytes, options: ReadOptions, timeout_s: float | None
+        self, content: bytes, options: ReadOptions, timeout_s: float | None, request_id: str | None
     ) -> Generator[types.ReadEvent, None, None]:
         request = read.stream_recognize_request(content, options)
         method = self._ocr.StreamRecognize
-        return self._stream(method, request, read.read_event, types.ReadResult, timeout_s)
+        return self._stream(method, request, read.read_event, types.ReadResult, timeout_s, request_id)
 
     def _document_events(
-        self, source: types.ImageSource, request: ocr_pb2.ReadDocumentRequest, timeout_s: float | None
+        self,
+        source: types.ImageSource,
+        request: ocr_pb2.ReadDocumentRequest,
+        timeout_s: float | None,
+        request_id: str | None,
     ) -> Generator[types.DocumentEvent, None, None]:
         request.content = load(source, field="content", most=_MOST)
         convert = DocumentAssembler().event
-        return self._stream(self._ocr.ReadDocument, request, convert, types.DocumentResult, timeout_s)
+        return self._stream(self._ocr.ReadDocument, request, convert, types.DocumentResult, timeout_s, request_id)

@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -37,6 +38,55 @@ def test_unavailable_is_retried(
     server.fail_next.append(LOADING)
     assert call(client)
     assert not server.fail_next
+
+
+def ids(server: InkwellServer) -> list[str]:
+    return [metadata["inkwell-request-id"] for metadata in server.metadata]
+
+
+@pytest.mark.parametrize("call", [CALLS["read"], CALLS["paint"]], ids=["read", "paint"])
+def test_attempts_at_a_call_have_one_id_and_calls_have_their_own(
+    client: inkwell.Client, server: InkwellServer, call: Callable[[inkwell.Client], object]
+) -> None:
+    server.fail_next.extend([LOADING, LOADING])
+    call(client)
+    call(client)
+    first, second, third, other = map(uuid.UUID, ids(server))
+    assert first == second == third != other
+
+
+async def test_so_do_those_of_the_client_for_asyncio(aio_client: inkwell.AsyncClient, server: InkwellServer) -> None:
+    server.fail_next.append(LOADING)
+    await aio_client.read(b"say a")
+    await aio_client.paint("a cat")
+    first, second, other = map(uuid.UUID, ids(server))
+    assert first == second != other
+
+
+async def test_a_caller_may_name_its_call(
+    client: inkwell.Client, aio_client: inkwell.AsyncClient, server: InkwellServer
+) -> None:
+    name = str(uuid.uuid4())
+    client.read(b"say a", request_id=name)
+    client.read(b"say a", request_id=name.upper(), on_event=lambda event: None)
+    list(client.read_stream(b"say a", request_id=name))
+    client.read_document(b"document", request_id=name)
+    client.embed(b"say a", request_id=name)
+    client.paint("a cat", request_id=name)
+    await aio_client.read(b"say a", request_id=name)
+    [event async for event in aio_client.read_stream(b"say a", request_id=name)]
+    await aio_client.read_document(b"document", request_id=name)
+    await aio_client.embed(b"say a", request_id=name)
+    await aio_client.paint("a cat", request_id=name)
+    assert ids(server) == [name] * 11
+    with pytest.raises(inkwell.InvalidRequest, match="'7' is not a UUID") as refused:
+        client.read(b"say a", request_id="7")
+    assert refused.value.fields[0].field == "request_id"
+
+
+def test_an_id_cannot_be_sent_with_every_call() -> None:
+    with pytest.raises(inkwell.InvalidRequest, match="the SDK gives each its own"):
+        inkwell.Client(metadata={"inkwell-request-id": str(uuid.uuid4())})
 
 
 def test_other_refusals_are_not_retried(client: inkwell.Client, server: InkwellServer) -> None:
@@ -75,6 +125,17 @@ def test_waiting_for_a_server_ends(free_port: int) -> None:
         pytest.raises(inkwell.Unavailable, match=r"no connection within 0.1 s"),
     ):
         client.read(b"say a")
+
+
+async def test_waiting_takes_no_longer_than_the_call_may(free_port: int) -> None:
+    with (
+        inkwell.Client(f"127.0.0.1:{free_port}", wait_for_ready_s=TIMEOUT_S) as client,
+        pytest.raises(inkwell.Unavailable, match=r"no connection within 0.1 s"),
+    ):
+        client.read(b"say a", timeout_s=0.1)
+    async with inkwell.AsyncClient(f"127.0.0.1:{free_port}", wait_for_ready_s=TIMEOUT_S) as aio_client:
+        with pytest.raises(inkwell.Unavailable, match=r"no connection within 0.1 s"):
+            await aio_client.read(b"say a", timeout_s=0.1)
 
 
 def test_a_client_that_waits_gets_a_server_that_comes_later(free_port: int) -> None:
