@@ -16,6 +16,7 @@ from services.compiler.store_faults import store_fault
 from services.compiler.targets import present, tensorrt_machine
 from services.kit.admission import Priority
 from services.kit.child import Limits, run_child
+from services.kit.identity import current_caller
 from services.kit.metrics import Metrics
 from services.kit.operations import Kind, Operation, Operations, Progress, Running, Say, Started
 from services.runtimes.artifacts.errors import StoreError
@@ -71,10 +72,12 @@ class Compiler:
         async with self._submitting:
             if not request_id and (same := await self._under_way(request)) is not None:
                 return same
-            return await self.operations.submit("compile", request, request_id=request_id, priority=priority)
+            return await self.operations.submit(
+                "compile", request, request_id=request_id, priority=priority, owner=current_caller.get()
+            )
 
     async def _under_way(self, request: CompileRequest) -> Operation | None:
-        unfinished, _ = await self.operations.page(done=False, limit=_OPERATIONS_LOOKED_AT)
+        unfinished, _ = await self.operations.page(owner=current_caller.get(), done=False, limit=_OPERATIONS_LOOKED_AT)
         return next((operation for operation in unfinished if operation.request == request), None)
 
     def targets(self) -> Mapping[Target, tuple[tuple[ArtifactPrecision, ...], str]]:

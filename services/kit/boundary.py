@@ -6,6 +6,7 @@ hands the boundary a marker instead, so that the caller gets a precise status an
 
 import asyncio
 import contextlib
+import inspect
 import re
 import time
 import uuid
@@ -21,6 +22,7 @@ from services.kit import errors, faults, orca
 from services.kit.admission import Admission
 from services.kit.call import CallLabels, current_labels, send_header
 from services.kit.faults import Fault
+from services.kit.identity import current_caller
 from services.kit.metrics import Metrics
 
 log = structlog.get_logger(__name__)
@@ -29,6 +31,13 @@ REQUEST_ID_KEY = "x-request-id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 # Infrastructure calls: answered while draining, neither counted nor logged.
 _UNCOUNTED = ("/grpc.health.", "/grpc.reflection.", "/grpc.channelz.", "/inkwell.endpoint.", f"/{orca.SERVICE}/")
+
+
+# What load balancers and probes ask, who show no credentials.
+_FOR_ALL = "/grpc.health."
+
+# Finds out who makes a call, by its path and context, and sets `identity.current_caller`; raises Fault to refuse it.
+Guard = Callable[[str, grpc.aio.ServicerContext], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,7 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self._idle = asyncio.Event()
         self._idle.set()
         self.draining = False
+        self.guard: Guard | None = None
 
     async def wait_idle(self) -> None:
         """Return when every handler has ended, its `finally` blocks included."""
@@ -64,10 +74,43 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     ) -> grpc.RpcMethodHandler:
         handler = await continuation(handler_call_details)
         method: str = handler_call_details.method
-        if handler is None or method.startswith(_UNCOUNTED):
+        if handler is None:
             return handler
+        if method.startswith(_UNCOUNTED):
+            if self.guard is None or method.startswith(_FOR_ALL):
+                return handler
+            return self._admitting(handler, method, self.guard)
         metadata = dict(handler_call_details.invocation_metadata or ())
         return self._wrapped(handler, method, metadata.get(REQUEST_ID_KEY))
+
+    def _admitting(self, handler: grpc.RpcMethodHandler, method: str, guard: Guard) -> grpc.RpcMethodHandler:
+        """Infrastructure with the guard before it, and otherwise as it is."""
+        behaviour = handler.stream_stream or handler.stream_unary or handler.unary_stream or handler.unary_unary
+
+        async def admit(context: grpc.aio.ServicerContext) -> None:
+            try:
+                await guard(method, context)
+            except Fault as fault:
+                log.warning("refused", method=method, reason=fault.data.reason, peer=context.peer())
+                await errors.abort(context, fault)
+
+        async def to_one(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            await admit(context)
+            answer = behaviour(request, context)  # channelz answers without a coroutine
+            return await answer if inspect.isawaitable(answer) else answer
+
+        async def to_stream(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+            await admit(context)
+            async with contextlib.aclosing(behaviour(request, context)) as produced:
+                async for message in produced:
+                    yield message
+
+        return handler._replace(
+            unary_unary=to_one if handler.unary_unary else None,
+            unary_stream=to_stream if handler.unary_stream else None,
+            stream_unary=to_one if handler.stream_unary else None,
+            stream_stream=to_stream if handler.stream_stream else None,
+        )
 
     def _wrapped(self, handler: grpc.RpcMethodHandler, method: str, request_id: Any) -> grpc.RpcMethodHandler:
         deserializer = self._guarded(handler.request_deserializer)
@@ -122,6 +165,8 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         try:
             if self.draining:
                 raise faults.unavailable("DRAINING", "this server is shutting down; call another", retry_after_ms=100)
+            if self.guard is not None:
+                await self.guard(method, context)
             yield
             if self._admission is not None:  # without a report, what the handler set stays as it is
                 context.set_trailing_metadata((*(context.trailing_metadata() or ()), *self._load()))
@@ -157,6 +202,7 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 ms=round(seconds * 1000, 1),
                 model=labels.model or None,
                 peer=peer,
+                caller=current_caller.get() or None,
             )
             self._in_flight -= 1
             if self._in_flight == 0:

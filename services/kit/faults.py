@@ -20,6 +20,8 @@ class Kind(enum.StrEnum):
     DEADLINE = "deadline"  # it cannot finish in the time the caller gives
     UNAVAILABLE = "unavailable"  # loading, draining, engine lost, no endpoint; retry is safe
     FAILED_PRECONDITION = "failed_precondition"  # this node lacks what it takes, such as the hardware
+    UNAUTHENTICATED = "unauthenticated"  # nobody knows who calls
+    PERMISSION_DENIED = "permission_denied"  # it is known who calls, and they may not
     CANCELLED = "cancelled"  # somebody cancelled the work; said of operations, not of calls
     INTERNAL = "internal"  # a defect of ours
 
@@ -127,6 +129,16 @@ def unavailable(reason: str, message: str, *, retry_after_ms: int, **metadata: o
 def failed_precondition(reason: str, message: str, **metadata: object) -> Fault:
     """This node lacks what the call needs; the message says what would help."""
     return Fault(FaultData(Kind.FAILED_PRECONDITION, reason, message, metadata=_strings(metadata)))
+
+
+def unauthenticated(reason: str, message: str, **metadata: object) -> Fault:
+    """Who calls is not known; the message says how to prove it, and never repeats what was sent as proof."""
+    return Fault(FaultData(Kind.UNAUTHENTICATED, reason, message, metadata=_strings(metadata)))
+
+
+def permission_denied(reason: str, message: str, **metadata: object) -> Fault:
+    """Who calls is known and may not; the message says what they may."""
+    return Fault(FaultData(Kind.PERMISSION_DENIED, reason, message, metadata=_strings(metadata)))
 
 
 def deadline_too_short(message: str, **metadata: object) -> Fault:

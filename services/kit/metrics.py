@@ -4,6 +4,7 @@ Names and labels are an interface: dashboards and alerts hang on them.
 """
 
 import threading
+from collections.abc import Callable
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
@@ -80,6 +81,15 @@ class Metrics:
             "inkwell_engine_restarts", "Times that the engine process ended unasked.", registry=self.registry
         )
         self.ready = Gauge("inkwell_ready", "1 while the service is ready for calls.", registry=self.registry)
+
+    def follow_certificate(self, expires: Callable[[], float]) -> None:
+        """Show when the server's certificate expires; `expires` answers that in seconds of Unix time."""
+        gauge = Gauge(
+            "inkwell_certificate_expires_seconds",
+            "When the certificate that is served expires, in seconds of Unix time.",
+            registry=self.registry,
+        )
+        gauge.set_function(expires)
 
 
 class MetricsPage:

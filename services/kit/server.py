@@ -13,11 +13,12 @@ from grpc_channelz.v1 import channelz
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from services.kit import logs, orca
-from services.kit.boundary import Boundary
+from services.kit import identity, logs, orca
+from services.kit.boundary import Boundary, Guard
 from services.kit.engine_host import EngineHost, EngineStartError
 from services.kit.metrics import Metrics, MetricsPage
-from services.kit.settings import ServiceSettings
+from services.kit.settings import ServiceSettings, is_loopback
+from services.kit.tls import TlsFolder
 
 log = structlog.get_logger(__name__)
 
@@ -74,6 +75,7 @@ class ServiceServer:
     health follows the engine's readiness. host: None for a service without an engine, which sets its own health.
     on_drain: called once no new call is taken, to end calls that would otherwise go on for the whole grace.
     lifespan: entered before the server takes its first call and left after it has ended its last one.
+    guard: lets calls in or refuses them, and finds out who makes them; the settings' `callers` decide if it is None.
     share_port: listen beside other processes of the same user that do so too; the port must be free otherwise.
     """
 
@@ -88,6 +90,7 @@ class ServiceServer:
         lifespan: Callable[[Health], contextlib.AbstractAsyncContextManager[None]] | None = None,
         on_drain: Callable[[], None] | None = None,
         share_port: bool = False,
+        guard: Guard | None = None,
     ) -> None:
         self.name = name
         self.settings = settings
@@ -102,6 +105,9 @@ class ServiceServer:
         self._share_port = share_port
         admission = host.admission if host is not None else None
         self._boundary = Boundary(metrics, max_message_bytes=settings.max_message_bytes, admission=admission)
+        self._boundary.guard = guard or identity.guard(
+            encrypted=settings.tls_folder is not None and settings.tls_clients, allowed=settings.callers
+        )
         self._server: grpc.aio.Server | None = None
         self._exits = contextlib.AsyncExitStack()
 
@@ -128,7 +134,7 @@ class ServiceServer:
         described = [*names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name]
         reflection.enable_server_reflection([*described, reflection.SERVICE_NAME], server)
         try:
-            self.port = server.add_insecure_port(f"{settings.host}:{settings.port}")
+            self.port = self._listen(server)
         except RuntimeError as error:
             raise OSError(f"cannot listen on {settings.host}:{settings.port}; is the port taken?") from error
 
@@ -149,6 +155,22 @@ class ServiceServer:
             self._exits = exits.pop_all()
         self._server = server
         log.info("listening", address=f"{settings.host}:{self.port}", metrics_port=self.metrics_port or None)
+
+    def _listen(self, server: grpc.aio.Server) -> int:
+        settings = self.settings
+        address = f"{settings.host}:{settings.port}"
+        if settings.tls_folder is None:
+            log.warning(
+                "plain text: whoever can connect may call and may read along"
+                + (" (this machine only)" if is_loopback(settings.host) else ""),
+                address=address,
+                instead="set TLS to a folder of certificates",
+            )
+            return int(server.add_insecure_port(address))
+        folder = TlsFolder(settings.tls_folder)
+        self.metrics.follow_certificate(lambda: folder.current().expires.timestamp())
+        credentials = folder.server_credentials(require_clients=settings.tls_clients)
+        return int(server.add_secure_port(address, credentials))
 
     async def wait_ready(self) -> None:
         """Return when the engine is ready for calls; at once without an engine."""

@@ -22,6 +22,7 @@ from inkwell.longrunning import OperationsStub
 from inkwell.operations.v1 import operations_pb2 as watch_pb2
 from inkwell.operations.v1 import operations_pb2_grpc as watch_pb2_grpc
 from services.kit.child import Limits, run_child
+from services.kit.identity import current_caller
 from services.kit.metrics import Metrics
 from services.kit.operations import Kind, Operations, OperationsSettings, Progress, Running, Say, Started, register
 from services.kit.operations.servicer import to_message
@@ -70,7 +71,8 @@ def build(settings: Settings) -> ServiceServer:
 
     async def begin(request: Any, _: grpc.aio.ServicerContext) -> operations_pb2.Operation:
         asked = msgspec.json.decode(request.value, type=Begin)
-        return to_message(operations, await operations.submit("work", asked.todo, request_id=asked.request_id))
+        begun = await operations.submit("work", asked.todo, request_id=asked.request_id, owner=current_caller.get())
+        return to_message(operations, begun)
 
     def add(server: grpc.aio.Server) -> list[str]:
         handler = grpc.unary_unary_rpc_method_handler(

@@ -14,7 +14,7 @@ from google.rpc import status_pb2
 
 from inkwell.operations.v1 import operations_pb2 as watch_pb2
 from inkwell.operations.v1 import operations_pb2_grpc as watch_pb2_grpc
-from services.kit import errors, faults
+from services.kit import errors, faults, identity
 from services.kit.call import time_left
 from services.kit.faults import FaultData, Kind
 from services.kit.operations.kinds import (
@@ -42,12 +42,7 @@ Owner = Callable[[grpc.aio.ServicerContext], str]
 """Names who calls. Operations are seen by their owner only."""
 
 
-def nobody(_: grpc.aio.ServicerContext) -> str:
-    """All callers are one: for services that authenticate nobody."""
-    return ""
-
-
-def register(server: grpc.aio.Server, operations: Operations, *, owner: Owner = nobody) -> list[str]:
+def register(server: grpc.aio.Server, operations: Operations, *, owner: Owner = identity.current) -> list[str]:
     """Add both servicers; answers their full names, as `ServiceServer` wants them of `register`."""
     surface = _Operations(operations, owner)
     methods = {
