@@ -10,6 +10,7 @@ with Client("localhost:50050") as client:
 from inkwell.aio import AsyncClient
 from inkwell.aio_operation import AsyncOperation
 from inkwell.client import Client
+from inkwell.credentials import tls
 from inkwell.embedded import embedded_parameters
 from inkwell.errors import (
     Cancelled,
@@ -233,4 +234,5 @@ __all__ = [
     "__version__",
     "embedded_parameters",
     "repeat_options",
+    "tls",
 ]

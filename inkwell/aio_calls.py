@@ -13,6 +13,7 @@ from inkwell.aio_stream import messages
 from inkwell.batch import IMAGE_BYTES_MOST, WINDOW, BatchBook, BatchItem, Outcome
 from inkwell.channel import DEFAULT_TIMEOUT_S, call_metadata, named, open_aio_channel, wait_until_ready_async
 from inkwell.converters import shared
+from inkwell.credentials import AccessToken, authorized
 from inkwell.errors import TooLarge, error_from_rpc
 from inkwell.files import load
 from inkwell.longrunning import OperationsStub
@@ -34,13 +35,15 @@ class AsyncCalls:
         timeout_s: float | None = DEFAULT_TIMEOUT_S,
         wait_for_ready_s: float | None = None,
         credentials: Any | None = None,
+        token: AccessToken | None = None,
         metadata: Mapping[str, str] | Iterable[tuple[str, str]] | None = None,
     ) -> None:
         """Nothing is opened yet; the first call binds the client to the running event loop."""
         self._target = target
         self._timeout_s = timeout_s
         self._wait_for_ready_s = wait_for_ready_s
-        self._metadata = call_metadata(hardware, priority, metadata)
+        credentials, proof = authorized(target, credentials, token)
+        self._metadata = (*call_metadata(hardware, priority, metadata), *proof)
         self._credentials = credentials
         self._opened: Any | None = None
         self._closed = False

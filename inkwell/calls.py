@@ -12,6 +12,7 @@ from inkwell import types
 from inkwell.batch import IMAGE_BYTES_MOST, WINDOW, BatchBook, BatchItem, Outcome
 from inkwell.channel import DEFAULT_TIMEOUT_S, call_metadata, named, open_channel, wait_until_ready
 from inkwell.converters import shared
+from inkwell.credentials import AccessToken, authorized
 from inkwell.diffusion.v1 import diffusion_pb2_grpc
 from inkwell.errors import TooLarge, error_from_rpc
 from inkwell.files import load
@@ -35,6 +36,7 @@ class Calls:
         timeout_s: float | None = DEFAULT_TIMEOUT_S,
         wait_for_ready_s: float | None = None,
         credentials: Any | None = None,
+        token: AccessToken | None = None,
         metadata: Mapping[str, str] | Iterable[tuple[str, str]] | None = None,
     ) -> None:
         """Nothing is sent yet.
@@ -45,13 +47,16 @@ class Calls:
         timeout_s: how long each call may take unless the call says otherwise; None for ever.
         wait_for_ready_s: how long a call waits for a connection, within its time; None fails at once while nobody
             answers.
-        credentials: `grpc.ChannelCredentials` for TLS; None for plaintext.
+        credentials: `grpc.ChannelCredentials` for TLS, such as `inkwell.tls(ca="ca.crt")`; None for plaintext.
+        token: a JWT or an API key that says who calls, or what answers one before every call; with credentials only,
+            but for a server on this machine.
         metadata: sent with every call.
         """
         self._target = target
         self._timeout_s = timeout_s
         self._wait_for_ready_s = wait_for_ready_s
-        self._metadata = call_metadata(hardware, priority, metadata)
+        credentials, proof = authorized(target, credentials, token)
+        self._metadata = (*call_metadata(hardware, priority, metadata), *proof)
         self._channel = open_channel(target, credentials)
         self._ocr = ocr_pb2_grpc.OcrServiceStub(self._channel)
         self._diffusion = diffusion_pb2_grpc.DiffusionServiceStub(self._channel)

@@ -1,12 +1,12 @@
 """The commands and their options; what they do is in the modules beside this one."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from inkwell.aio import AsyncClient
 from inkwell.channel import DEFAULT_TIMEOUT_S
-from inkwell.cli import artifacts, inventory
+from inkwell.cli import artifacts, gateway, inventory
 from inkwell.cli import paint as painter
 from inkwell.cli.options import (
     DEFAULT_ADDRESS,
@@ -21,11 +21,14 @@ from inkwell.cli.options import (
     MaxTokens,
     ModelName,
     NoRepeat,
+    Proof,
     Quiet,
     Stopping,
     Timeout,
     Wait,
     call,
+    connect,
+    given_proof,
 )
 from inkwell.types import ExportFormat
 from inkwell.version import __version__
@@ -48,11 +51,32 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
+    ca: Annotated[
+        Path | None,
+        typer.Option("--ca", envvar="INKWELL_CA", help="Who signed the server's certificate, in PEM.", metavar="FILE"),
+    ] = None,
+    certificate: Annotated[
+        Path | None,
+        typer.Option("--cert", envvar="INKWELL_CERT", help="Certificate of the caller, in PEM.", metavar="FILE"),
+    ] = None,
+    key: Annotated[
+        Path | None, typer.Option("--key", envvar="INKWELL_KEY", help="Its private key, in PEM.", metavar="FILE")
+    ] = None,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            "--token",
+            envvar="INKWELL_TOKEN",
+            help="JWT or API key of the caller. Rather in the environment: others may see a command line.",
+            show_envvar=True,
+            metavar="TOKEN",
+        ),
+    ] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    given_proof.set(Proof(ca=ca, certificate=certificate, key=key, token=token))
 
 
 @app.command(epilog=EXIT_CODES)
@@ -105,7 +129,7 @@ def read(
     sources = reading.sources(images)
     call(
         lambda client: reading.run(client, sources, options, alternatives=alternatives, as_json=json, quiet=quiet),
-        AsyncClient(address, hardware=hardware, wait_for_ready_s=wait),
+        connect(address, hardware=hardware, wait_for_ready_s=wait),
     )
 
 
@@ -180,7 +204,7 @@ def document(
     }
     call(
         lambda client: documents.run(client, source, options, where, as_json=json, quiet=quiet),
-        AsyncClient(address, hardware=hardware, wait_for_ready_s=wait),
+        connect(address, hardware=hardware, wait_for_ready_s=wait),
     )
 
 
@@ -217,12 +241,13 @@ def embed(
     options = {"model": model, "pooling": pooling, "dtype": dtype, "normalize": normalize, "timeout_s": timeout}
     call(
         lambda client: embedding.run(client, sources, options, where, as_json=json, quiet=quiet),
-        AsyncClient(address, hardware=hardware, wait_for_ready_s=wait),
+        connect(address, hardware=hardware, wait_for_ready_s=wait),
     )
 
 
 app.command(epilog=EXIT_CODES)(painter.paint)
 app.command(epilog=EXIT_CODES)(inventory.fleet)
+app.add_typer(gateway.gateway, name="gateway")
 app.add_typer(inventory.models, name="models")
 app.command(epilog=EXIT_CODES)(inventory.schedulers)
 app.command(epilog=EXIT_CODES)(inventory.adapters)

@@ -5,9 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from inkwell.aio import AsyncClient
 from inkwell.channel import DEFAULT_TIMEOUT_S
-from inkwell.cli.options import DEFAULT_ADDRESS, EXIT_CODES, Address, Json, Quiet, Timeout, Wait, call
+from inkwell.cli.options import DEFAULT_ADDRESS, EXIT_CODES, Address, Json, Quiet, Timeout, Wait, call, connect
 from inkwell.types import CompileOptions
 
 TargetName = Literal["onnx", "openvino", "tensorrt", "triton"]
@@ -74,7 +73,7 @@ def compile(  # noqa: A001 - the command's name
         lambda client: compiling.compile_model(
             client, model, to, options, use=use, detach=detach, as_json=json, quiet=quiet
         ),
-        AsyncClient(address, wait_for_ready_s=wait),
+        connect(address, wait_for_ready_s=wait),
     )
 
 
@@ -100,7 +99,7 @@ def list_artifacts(
     named = compiling.precision_named(precision, to or "") if precision else ""
     call(
         lambda client: compiling.listed(client, model=model, target=to or "", precision=named, as_json=json),
-        AsyncClient(address, timeout_s=timeout, wait_for_ready_s=wait),
+        connect(address, timeout_s=timeout, wait_for_ready_s=wait),
     )
 
 
@@ -117,7 +116,7 @@ def show(
 
     call(
         lambda client: compiling.show(client, artifact, as_json=json),
-        AsyncClient(address, timeout_s=timeout, wait_for_ready_s=wait),
+        connect(address, timeout_s=timeout, wait_for_ready_s=wait),
     )
 
 
@@ -134,7 +133,7 @@ def download(
 
     call(
         lambda client: compiling.download(client, artifact, folder, quiet=quiet),
-        AsyncClient(address, timeout_s=None, wait_for_ready_s=wait),
+        connect(address, timeout_s=None, wait_for_ready_s=wait),
     )
 
 
@@ -150,7 +149,7 @@ def delete(
 
     call(
         lambda client: compiling.delete(client, artifact),
-        AsyncClient(address, timeout_s=timeout, wait_for_ready_s=wait),
+        connect(address, timeout_s=timeout, wait_for_ready_s=wait),
     )
 
 
@@ -175,5 +174,5 @@ def use(
         raise typer.BadParameter(f"{choice!r} is not MODEL@ARTIFACT, MODEL@torch or MODEL@auto")
     call(
         lambda client: compiling.use(client, model, artifact, quiet=quiet),
-        AsyncClient(address, wait_for_ready_s=wait),
+        connect(address, wait_for_ready_s=wait),
     )

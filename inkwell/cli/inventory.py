@@ -4,7 +4,6 @@ from typing import Annotated, Literal
 
 import typer
 
-from inkwell.aio import AsyncClient
 from inkwell.cli.options import (
     DEFAULT_ADDRESS,
     EXIT_CODES,
@@ -17,6 +16,7 @@ from inkwell.cli.options import (
     Timeout,
     Wait,
     call,
+    connect,
 )
 from inkwell.types import Precision
 
@@ -47,7 +47,7 @@ def fleet(
 
     call(
         lambda client: listing.fleet(client, service=service, hardware=hardware, as_json=json),
-        AsyncClient(address, timeout_s=timeout, wait_for_ready_s=wait),
+        connect(address, timeout_s=timeout, wait_for_ready_s=wait),
     )
 
 
@@ -63,7 +63,7 @@ def schedulers(
 
     call(
         lambda client: listing.schedulers(client, as_json=json),
-        AsyncClient(address, hardware=hardware, timeout_s=timeout, wait_for_ready_s=wait),
+        connect(address, hardware=hardware, timeout_s=timeout, wait_for_ready_s=wait),
     )
 
 
@@ -79,7 +79,7 @@ def adapters(
 
     call(
         lambda client: listing.adapters(client, as_json=json),
-        AsyncClient(address, hardware=hardware, timeout_s=timeout, wait_for_ready_s=wait),
+        connect(address, hardware=hardware, timeout_s=timeout, wait_for_ready_s=wait),
     )
 
 
@@ -95,7 +95,7 @@ def controls(
 
     call(
         lambda client: listing.controls(client, as_json=json),
-        AsyncClient(address, hardware=hardware, timeout_s=timeout, wait_for_ready_s=wait),
+        connect(address, hardware=hardware, timeout_s=timeout, wait_for_ready_s=wait),
     )
 
 
@@ -118,7 +118,7 @@ def _list_models(
 
     call(
         lambda client: listing.models(client, as_json=json),
-        AsyncClient(address, hardware=hardware, timeout_s=timeout, wait_for_ready_s=wait),
+        connect(address, hardware=hardware, timeout_s=timeout, wait_for_ready_s=wait),
     )
 
 
@@ -166,7 +166,7 @@ def load(
             as_json=json,
             quiet=quiet,
         ),
-        AsyncClient(address, hardware=hardware, timeout_s=timeout, wait_for_ready_s=wait),
+        connect(address, hardware=hardware, timeout_s=timeout, wait_for_ready_s=wait),
     )
 
 
@@ -185,5 +185,5 @@ def unload(
 
     call(
         lambda client: loading.unload(client, name, service=service, as_json=json),
-        AsyncClient(address, hardware=hardware, timeout_s=timeout, wait_for_ready_s=wait),
+        connect(address, hardware=hardware, timeout_s=timeout, wait_for_ready_s=wait),
     )

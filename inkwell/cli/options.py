@@ -2,11 +2,15 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Annotated
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from inkwell.aio import AsyncClient
+from inkwell.credentials import tls
 from inkwell.types import EarlyStopping
 
 EXIT_CODES = (
@@ -61,6 +65,30 @@ Stopping = Annotated[
     EarlyStopping | None,
     typer.Option("--early-stopping", help="When a beam search ends that has enough texts."),
 ]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What the options before the command say of who calls."""
+
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+    token: str | None = None
+
+
+given_proof: ContextVar[Proof] = ContextVar("inkwell_proof")
+
+
+def connect(address: str, **options: Any) -> AsyncClient:
+    """A client with the credentials that the options before the command give it."""
+    proof = given_proof.get(Proof())
+    encrypted = proof.ca or proof.certificate or proof.key
+    try:
+        credentials = tls(ca=proof.ca, certificate=proof.certificate, key=proof.key) if encrypted else None
+    except OSError as error:
+        raise typer.BadParameter(f"{error.filename}: {error.strerror}") from None
+    return AsyncClient(address, credentials=credentials, token=proof.token, **options)
 
 
 def call(work: Callable[[AsyncClient], Awaitable[None]], client: AsyncClient) -> None:

@@ -5,9 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from inkwell.aio import AsyncClient
 from inkwell.channel import DEFAULT_TIMEOUT_S
-from inkwell.cli.options import DEFAULT_ADDRESS, Address, Hardware, Json, Quiet, Timeout, Wait, call
+from inkwell.cli.options import DEFAULT_ADDRESS, Address, Hardware, Json, Quiet, Timeout, Wait, call, connect
 from inkwell.errors import FieldViolation, InkwellError
 from inkwell.types import MaskFill, PredictionType, PreviewMethod, PromptSyntax, TimestepSpacing
 
@@ -306,7 +305,7 @@ def paint(
     try:
         call(
             lambda client: painting.run(client, what, options, destination, as_json=json, quiet=quiet, preview=preview),
-            AsyncClient(address, hardware=hardware, timeout_s=timeout, wait_for_ready_s=wait),
+            connect(address, hardware=hardware, timeout_s=timeout, wait_for_ready_s=wait),
         )
     except InkwellError as error:
         # What is an argument of the commands that read, image.content, is an option here.

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import grpc
 import pydantic
+from prometheus_client import CollectorRegistry
 
 from inkwell.gateway.v1 import gateway_pb2, gateway_pb2_grpc
 from services.gateway import config as configuration
+from services.gateway.access import Access
 from services.gateway.balance import BalanceRules
 from services.gateway.config import ConfigError, GatewayConfig
 from services.gateway.discovery import Resolver, resolve_host
@@ -28,6 +30,7 @@ from services.gateway.settings import Settings
 from services.gateway.supervisor import process_count, supervise
 from services.kit.metrics import Metrics
 from services.kit.server import READINESS, Health, ServiceServer, run
+from services.kit.tls import TlsError, TlsFolder
 
 
 def build(settings: Settings, *, member: Member | None = None) -> ServiceServer:
@@ -38,7 +41,13 @@ def build(settings: Settings, *, member: Member | None = None) -> ServiceServer:
 def make_fleet(settings: Settings, config: GatewayConfig, *, resolver: Resolver = resolve_host) -> Fleet:
     """The pools of a configuration, with connections as the settings say."""
     ways = Ways(
-        options=ChannelOptions(settings.connect_timeout_s, settings.keepalive_time_s, settings.keepalive_timeout_s),
+        options=ChannelOptions(
+            settings.connect_timeout_s,
+            settings.keepalive_time_s,
+            settings.keepalive_timeout_s,
+            tls=None if settings.services_folder is None else TlsFolder(settings.services_folder),
+            server_name=settings.services_tls_name,
+        ),
         resolver=resolver,
         resolve_interval_s=settings.resolve_interval_s,
         kubernetes=api_server(settings.kubernetes_url, settings.kubernetes_account),
@@ -52,7 +61,8 @@ def make_fleet(settings: Settings, config: GatewayConfig, *, resolver: Resolver 
 def assemble(settings: Settings, fleet: Fleet, *, member: Member | None = None) -> ServiceServer:
     """A server in front of the fleet, which runs while the server does; `member` if it is one process of several."""
     metrics = Metrics("gateway")
-    routing = Routing(fleet, settings, GatewayMetrics(metrics.registry, fleet))
+    access = Access(settings, metrics.registry)
+    routing = Routing(fleet, settings, GatewayMetrics(metrics.registry, fleet), access)
     own_name = gateway_pb2.DESCRIPTOR.services_by_name["GatewayService"].full_name
 
     def register(server: grpc.aio.Server) -> list[str]:
@@ -78,6 +88,7 @@ def assemble(settings: Settings, fleet: Fleet, *, member: Member | None = None) 
                 await exits.enter_async_context(member.connected(metrics.registry, health.set))
             fleet.on_change = changed
             changed()
+            await exits.enter_async_context(access.running())
             await exits.enter_async_context(fleet.running())
             if member is not None:
                 await member.serving(fleet)
@@ -91,6 +102,7 @@ def assemble(settings: Settings, fleet: Fleet, *, member: Member | None = None) 
         register=register,
         lifespan=lifespan,
         share_port=member is not None,
+        guard=access.guard,
     )
 
 
@@ -104,7 +116,7 @@ def saying_what_is_wrong() -> Iterator[None]:
             setting = "INKWELL_GATEWAY_" + "_".join(str(part) for part in wrong["loc"]).upper()
             print(f"gateway: {setting}: {wrong['msg']}", file=sys.stderr)
         raise SystemExit(2) from None
-    except ConfigError as error:
+    except (ConfigError, TlsError) as error:
         print(f"gateway: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -119,6 +131,7 @@ def main() -> None:
         several = process_count(settings) > 1
         if several:
             configuration.load(settings.config)  # to say what is wrong with it once
+            Access(settings, CollectorRegistry())
         else:
             server = build(settings)
     if several:

@@ -2,6 +2,7 @@
 
 import asyncio
 import enum
+import functools
 import math
 import random
 import time
@@ -17,6 +18,7 @@ from services.gateway.ejection import EjectionRules, Record, speaks_against
 from services.gateway.metadata import ENDPOINT_KEY, HARDWARE_KEY, POOL_KEY, Metadata, Pair
 from services.gateway.methods import Method
 from services.kit import orca
+from services.kit.tls import TlsFolder
 
 log = structlog.get_logger(__name__)
 
@@ -26,6 +28,8 @@ _CHECK_WITHIN_S = 2.0
 _READINESS = health_pb2.HealthCheckRequest(service="readiness")
 _RECONNECT_FIRST_S = 0.1
 _RECONNECT_MOST_S = 2.0
+# Calls under way when certificates are renewed may go on for so long.
+_OLD_CONNECTION_S = 3600.0
 
 
 class State(enum.StrEnum):
@@ -39,11 +43,26 @@ class State(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ChannelOptions:
-    """How channels to endpoints are made; times in seconds."""
+    """How channels to endpoints are made; times in seconds.
+
+    tls: None for plain text. server_name: that every endpoint's certificate has; empty for that of its target.
+    """
 
     connect_timeout_s: float = 3.0
     keepalive_time_s: float = 20.0
     keepalive_timeout_s: float = 5.0
+    tls: TlsFolder | None = None
+    server_name: str = ""
+
+    def open(self, address: str, server_name: str) -> grpc.aio.Channel:
+        """A channel to an address, whose certificate has to have the name; empty for that of the address."""
+        if self.tls is None:
+            return grpc.aio.insecure_channel(address, options=self.arguments())
+        arguments: list[tuple[str, int | str]] = [*self.arguments()]
+        name = self.server_name or server_name
+        if name:
+            arguments.append(("grpc.ssl_target_name_override", name))
+        return grpc.aio.secure_channel(address, self.tls.channel_credentials(), options=arguments)
 
     def arguments(self) -> list[tuple[str, int]]:
         """As grpc wants them."""
@@ -82,6 +101,7 @@ class Endpoint:
         pool: str,
         hardware: str,
         options: ChannelOptions,
+        server_name: str = "",
         on_change: Callable[["Endpoint"], None],
         on_failure: Callable[["Endpoint"], None] = lambda _endpoint: None,
         ejection: EjectionRules | None = None,
@@ -111,7 +131,8 @@ class Endpoint:
         self._following: asyncio.Task[None] | None = None
         self._on_change = on_change
         self._on_failure = on_failure
-        self._channel = grpc.aio.insecure_channel(address, options=options.arguments())
+        self._open = functools.partial(options.open, address, server_name)
+        self._channel = self._open()
         self._stubs: dict[str, Any] = {}
         self._watching: asyncio.Task[None] | None = None
         self._ending: set[asyncio.Task[None]] = set()
@@ -130,6 +151,16 @@ class Endpoint:
                 self._ending.add(task)
         await asyncio.gather(*self._ending, return_exceptions=True)
         await self._channel.close()
+
+    def renew(self) -> None:
+        """Connect anew, with the certificate as it is now; calls under way end on the connection they have."""
+        old, self._channel = self._channel, self._open()
+        self._stubs.clear()
+        self._watch_anew()
+        self._follow_load_anew()
+        leaving = asyncio.create_task(old.close(_OLD_CONNECTION_S), name=f"renew {self.address}")
+        self._ending.add(leaving)
+        leaving.add_done_callback(self._ending.discard)
 
     async def drained(self) -> None:
         """Return when no call of ours is under way there."""

@@ -150,6 +150,7 @@ class Pool:
                 pool=self.name,
                 hardware=self.hardware,
                 options=self._ways.options,
+                server_name=self._server_name(address),
                 on_change=self._changed,
                 on_failure=self._failed,
                 ejection=self._ways.ejection,
@@ -166,6 +167,13 @@ class Pool:
         for endpoint in leaving:
             self._spawn(self._let_go(endpoint), f"drain {endpoint.address}")
         self._on_change()
+
+    def _server_name(self, address: str) -> str:
+        # Found by a name, an endpoint goes by its IP address, which is in no certificate.
+        target = next(t for t in self.targets if address in self._found.get(t.text, ()))
+        if target.namespace:
+            return f"{target.host}.{target.namespace}.svc"
+        return target.host if target.resolve else ""
 
     async def _let_go(self, endpoint: Endpoint) -> None:
         # No new call goes there any more; those under way may finish.
@@ -199,11 +207,18 @@ class Fleet:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Watches and channels live inside this."""
+        tls = self._ways.options.tls
         try:
             await asyncio.gather(*(pool.start() for pool in self.pools))
-            yield
+            async with contextlib.nullcontext() if tls is None else tls.followed(self._renew):
+                yield
         finally:
             await asyncio.gather(*(pool.stop() for pool in self.pools))
+
+    def _renew(self) -> None:
+        for pool in self.pools:
+            for endpoint in pool.endpoints:
+                endpoint.renew()
 
     def ready(self, service: str | None = None) -> bool:
         """Whether some endpoint (of that service) can be given calls."""

@@ -50,10 +50,13 @@ def _handler(routing: Routing, method: Method) -> grpc.RpcMethodHandler:
                 return Unary(stub, request, timeout, passed)
             return stub(request, timeout=timeout, metadata=passed)
 
-        with RoutedCall(routing, methods.addressed(method, request), context) as call:
+        about = methods.addressed(method, request)
+        routing.access.check_models(method, request)
+        with RoutedCall(routing, about, context) as call:
             return await _attempts(call, opened, relay)
 
     async def many_requests(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> bytes | None:
+        requests = routing.access.checked(method, requests)
         feed = RequestFeed(requests, keep_bytes=routing.settings.replay_bytes)
 
         def opened(stub: Any, timeout: float | None, passed: metadata.Metadata) -> Any:

@@ -9,6 +9,7 @@ import grpc
 import structlog
 
 from services.gateway import metadata, preference, retry
+from services.gateway.access import Access
 from services.gateway.endpoint import Endpoint
 from services.gateway.feed import RequestFeed
 from services.gateway.methods import Method
@@ -31,6 +32,7 @@ class Routing:
     fleet: Fleet
     settings: Settings
     metrics: GatewayMetrics
+    access: Access
 
 
 class RoutedCall:
@@ -47,6 +49,7 @@ class RoutedCall:
         self._fleet = routing.fleet
         self._settings = routing.settings
         self._metrics = routing.metrics
+        self._access = routing.access
         self._tiers: Tiers = ()
         self._endpoint: Endpoint | None = None
         self._tried: list[Endpoint] = []
@@ -74,11 +77,13 @@ class RoutedCall:
         passed = metadata.to_upstream(pair for pair in received if pair[0] != REQUEST_ID_KEY)
         # The boundary gave the call an id if the caller had none: with it, logs of both sides can be joined.
         request_id = structlog.contextvars.get_contextvars().get("request_id")
-        self.metadata = (*passed, (REQUEST_ID_KEY, request_id)) if request_id else passed
+        passed = (*passed, (REQUEST_ID_KEY, request_id)) if request_id else passed
+        self.metadata = self._access.to_service(passed)
         left = time_left(self.context)
         if left is not None:
             self._deadline = asyncio.get_running_loop().time() + left
-        self._tiers = self._fleet.tiers(self.method.service, preference.from_metadata(received))
+        tiers = self._fleet.tiers(self.method.service, preference.from_metadata(received))
+        self._tiers = self._access.narrowed(tiers, lambda pool: pool.name)
         endpoint = self._fleet.choose(self._tiers)
         if endpoint is None:
             raise none_ready(self._tiers)

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import SettingsConfigDict
 
 from services.gateway.kubernetes import ACCOUNT
-from services.kit.settings import MIB, ServiceSettings
+from services.kit.settings import MIB, OFF, ServiceSettings, is_loopback
 
 
 class Settings(ServiceSettings):
@@ -16,6 +16,24 @@ class Settings(ServiceSettings):
 
     port: int = Field(50050, ge=0, le=65535, description="gRPC port; 0 takes a free one")
     config: Path = Field(Path("gateway.yaml"), description="the file that names the pools")
+    access: str = Field(
+        "",
+        validate_default=True,
+        description="file that says who may call what, which is read anew when it changes; 'off' lets everybody call."
+        " Empty: everybody, on a loopback address or with a certificate of ca.crt only",
+    )
+    limits_redis: SecretStr = Field(
+        SecretStr(""),
+        description="redis://host:6379/0 or rediss://…, where gateways count rate limits together; empty: each its own",
+    )
+    services_tls: str = Field(
+        "",
+        description="folder with the certificate to call services with, and ca.crt which vouches for theirs; 'off' for"
+        " plain text. Empty: the folder that TLS names, if there is one",
+    )
+    services_tls_name: str = Field(
+        "", description="name that every service's certificate has; empty: the host name in the pool's target"
+    )
     max_message_bytes: int = Field(64 * MIB, ge=1024, description="largest request message")
     processes: int = Field(
         1, ge=0, le=128, description="processes that share the port, each on a core; 0 for as many as there are cores"
@@ -59,3 +77,35 @@ class Settings(ServiceSettings):
         20.0, ge=10, description="seconds of silence on a connection after which it is probed"
     )
     keepalive_timeout_s: float = Field(5.0, gt=0, description="seconds a probe may take until the connection is dead")
+
+    @property
+    def access_path(self) -> Path | None:
+        """The access file, None to let everybody call."""
+        return None if self.access in ("", OFF) else Path(self.access)
+
+    @property
+    def services_folder(self) -> Path | None:
+        """The folder of certificates to call services with, None for plain text."""
+        if self.services_tls == OFF:
+            return None
+        return Path(self.services_tls) if self.services_tls else self.tls_folder
+
+    @field_validator("access")
+    @classmethod
+    def _somebody_in_particular(cls, value: str, info: ValidationInfo) -> str:
+        host = info.data.get("host", "")
+        certificates = info.data.get("tls", "") not in ("", OFF) and info.data.get("tls_clients")
+        if value == "" and not certificates and not is_loopback(host):
+            raise ValueError(
+                f"the address {host} is not loopback, so who may call has to be said: set INKWELL_GATEWAY_ACCESS to an"
+                " access file (docs/access.md), or have callers show certificates (TLS, TLS_CLIENTS), or set"
+                " INKWELL_GATEWAY_ACCESS=off to let everybody call"
+            )
+        return value
+
+    @field_validator("services_tls")
+    @classmethod
+    def _folder_or_off(cls, value: str) -> str:
+        if value not in ("", OFF) and not Path(value).is_dir():
+            raise ValueError(f"{value!r} is neither a folder nor {OFF!r}")
+        return value

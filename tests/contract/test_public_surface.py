@@ -17,7 +17,7 @@ import inkwell
 ROOT = Path(__file__).resolve().parents[2]
 
 CONNECTION = [
-    "hardware", "priority", "timeout_s", "wait_for_ready_s", "credentials", "metadata",
+    "hardware", "priority", "timeout_s", "wait_for_ready_s", "credentials", "token", "metadata",
 ]  # fmt: skip
 READING = [
     "model", "languages", "beam_width", "hypothesis_count", "length_penalty", "max_new_token_count",
@@ -89,7 +89,7 @@ NAMES = [
     "TargetSupport", "Targets",
     "TimestepSpacing", "Timing",
     "Token", "TooLarge", "Unauthenticated", "Unavailable", "Unimplemented", "Vae", "Variation", "__version__",
-    "embedded_parameters", "repeat_options",
+    "embedded_parameters", "repeat_options", "tls",
 ]  # fmt: skip
 
 
