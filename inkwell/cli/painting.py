@@ -138,5 +138,5 @@ def _as_json(path: Path, picture: types.Picture, result: types.PaintResult) -> d
         "parameters": dataclasses.asdict(picture.parameters),
         "warnings": list(result.warnings),
         "timing": dataclasses.asdict(result.timing),
-        "served_by": {"model": picture.parameters.model} | dataclasses.asdict(picture.served_by),
+        "served_by": dataclasses.asdict(picture.served_by) | {"model": picture.parameters.model},
     }

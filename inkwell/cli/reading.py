@@ -117,7 +117,7 @@ def reading_as_json(reading: types.Reading) -> dict[str, Any]:
             for each in reading.alternatives
         ],
         "timing": dataclasses.asdict(reading.timing),
-        "served_by": {"model": reading.model} | dataclasses.asdict(reading.served_by),
+        "served_by": dataclasses.asdict(reading.served_by) | {"model": reading.model},
     }
 
 

@@ -75,7 +75,8 @@ def test_json_of_one_image(capsys: pytest.CaptureFixture[str]) -> None:
         "alternatives": [{"text": "HI", "confidence": 0.25, "log_probability": -2.0, "score": -0.5}],
         "timing": {"queue_ms": 1.5, "engine_ms": 20.0},
         "served_by": {
-            "model": "pen", "hardware": "cpu", "runtime": "torch", "pool": "pool-a", "endpoint": "10.0.0.1:1",
+            "model": "pen", "model_version": "", "hardware": "cpu", "runtime": "torch", "pool": "pool-a",
+            "endpoint": "10.0.0.1:1",
         },
     }  # fmt: skip
 
