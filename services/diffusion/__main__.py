@@ -11,8 +11,12 @@ from services.diffusion.settings import Settings
 from services.kit import report
 from services.kit.engine_host import EngineHost
 from services.kit.metrics import Metrics
+from services.kit.repeats import Repeats
 from services.kit.report import Reporter
 from services.kit.server import Health, ServiceServer, run
+
+# The only one whose work is worth not doing twice.
+_REPEATABLE = ("/inkwell.diffusion.v1.DiffusionService/Generate",)
 
 ENGINE_FACTORY = "services.diffusion.engine.main:create_engine"
 
@@ -37,7 +41,15 @@ def build(settings: Settings) -> ServiceServer:
         async with reporter.following(servicer.report):
             yield
 
-    return ServiceServer("diffusion", settings, metrics=metrics, host=host, register=register, lifespan=lifespan)
+    return ServiceServer(
+        "diffusion",
+        settings,
+        metrics=metrics,
+        host=host,
+        register=register,
+        lifespan=lifespan,
+        interceptors=[Repeats(_REPEATABLE, settings, metrics)],
+    )
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from services.diffusion.domain import Runtime
-from services.kit.settings import MIB, ServiceSettings
+from services.kit.settings import MIB, RepeatSettings
 
 # The rest is for activations and everything else on the machine.
 MEMORY_SHARE = 0.7
@@ -75,7 +75,7 @@ def _embedded_controls() -> dict[str, ControlSettings]:
     return {"edges": ControlSettings(source=source, models=["emoji-tiny"], preprocessor="canny")}
 
 
-class Settings(ServiceSettings):
+class Settings(RepeatSettings):
     """Settings of the diffusion service."""
 
     model_config = SettingsConfigDict(env_prefix="INKWELL_DIFFUSION_", extra="forbid", frozen=True)

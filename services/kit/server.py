@@ -75,6 +75,7 @@ class ServiceServer:
     health follows the engine's readiness. host: None for a service without an engine, which sets its own health.
     on_drain: called once no new call is taken, to end calls that would otherwise go on for the whole grace.
     lifespan: entered before the server takes its first call and left after it has ended its last one.
+    interceptors: between the boundary, which makes statuses of the faults that they raise, and the handlers.
     guard: lets calls in or refuses them, and finds out who makes them; the settings' `callers` decide if it is None.
     share_port: listen beside other processes of the same user that do so too; the port must be free otherwise.
     """
@@ -89,6 +90,7 @@ class ServiceServer:
         register: Callable[[grpc.aio.Server], Sequence[str]],
         lifespan: Callable[[Health], contextlib.AbstractAsyncContextManager[None]] | None = None,
         on_drain: Callable[[], None] | None = None,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         share_port: bool = False,
         guard: Guard | None = None,
     ) -> None:
@@ -102,6 +104,7 @@ class ServiceServer:
         self._register = register
         self._lifespan = lifespan
         self._on_drain = on_drain
+        self._interceptors = tuple(interceptors)
         self._share_port = share_port
         admission = host.admission if host is not None else None
         self._boundary = Boundary(metrics, max_message_bytes=settings.max_message_bytes, admission=admission)
@@ -115,7 +118,7 @@ class ServiceServer:
         """Listen and start the engine; returns while the engine still loads. Raises OSError if a port is taken."""
         settings = self.settings
         server = grpc.aio.server(
-            interceptors=[self._boundary],
+            interceptors=[self._boundary, *self._interceptors],
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_bytes * _CORE_LIMIT_FACTOR),
                 ("grpc.max_send_message_length", -1),
@@ -124,6 +127,12 @@ class ServiceServer:
                 # Let clients look for a dead connection every 10 s, also between calls. Core's own bound is 5 minutes.
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
                 ("grpc.keepalive_permit_without_calls", 1),
+                # A client that vanished without a word would keep its calls under way until their deadlines.
+                ("grpc.keepalive_time_ms", int(settings.client_keepalive_time_s * 1000)),
+                ("grpc.keepalive_timeout_ms", int(settings.client_keepalive_timeout_s * 1000)),
+                # Of other pings, whose answer a probe waits for; a minute by default.
+                ("grpc.http2.ping_timeout_ms", int(settings.client_keepalive_timeout_s * 1000)),
+                ("grpc.http2.max_pings_without_data", 0),
             ],
         )
         names = list(self._register(server))

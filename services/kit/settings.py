@@ -49,6 +49,12 @@ class ServiceSettings(BaseSettings):
         -1, ge=-1, le=65535, description="port of the Prometheus page; 0 takes a free one, -1 none"
     )
     max_message_bytes: int = Field(32 * MIB, ge=1024, description="largest request message")
+    client_keepalive_time_s: float = Field(
+        30.0, ge=1, description="seconds of silence on a client's connection after which it is probed"
+    )
+    client_keepalive_timeout_s: float = Field(
+        20.0, gt=0, description="seconds that such a probe may take; then the connection is dead, its calls cancelled"
+    )
     queue_limit: int = Field(256, ge=1, description="admitted calls that may wait for the engine")
     queue_bytes_limit: int = Field(
         512 * MIB, ge=1024, description="bytes of decoded input that may wait for the engine"
@@ -100,3 +106,17 @@ class ServiceSettings(BaseSettings):
         if value and not (info.data.get("tls_clients") and info.data.get("tls", "") not in ("", OFF)):
             raise ValueError("names of certificates are known only with a TLS folder, and with TLS_CLIENTS not false")
         return value
+
+
+class RepeatSettings(ServiceSettings):
+    """Settings of services whose calls may be repeated; inherited in place of ServiceSettings."""
+
+    repeat_keep_s: float = Field(
+        120.0, ge=0, description="seconds for which the answer to a call with an id is kept for its repetition; 0: none"
+    )
+    repeat_count_limit: int = Field(
+        1000, ge=1, description="calls with an id that are kept in mind, those under way included"
+    )
+    repeat_bytes_limit: int = Field(
+        64 * MIB, ge=0, description="bytes of answers that are kept for repetition; an answer that is larger is not"
+    )

@@ -11,10 +11,16 @@ from inkwell.ocr.v1 import ocr_pb2, ocr_pb2_grpc
 from services.kit import report
 from services.kit.engine_host import EngineHost
 from services.kit.metrics import Metrics
+from services.kit.repeats import Repeats
 from services.kit.report import Reporter
 from services.kit.server import Health, ServiceServer, run
 from services.ocr.servicer import OcrServicer
 from services.ocr.settings import Settings
+
+# Those whose work is worth not doing twice; a stream of requests cannot be repeated, and the others take no time.
+_REPEATABLE = tuple(
+    f"/inkwell.ocr.v1.OcrService/{name}" for name in ("Recognize", "StreamRecognize", "ReadDocument", "Embed")
+)
 
 ENGINE_FACTORY = "services.ocr.engine.main:create_engine"
 
@@ -39,7 +45,15 @@ def build(settings: Settings) -> ServiceServer:
         finally:
             servicer.close()
 
-    return ServiceServer("ocr", settings, metrics=metrics, host=host, register=register, lifespan=lifespan)
+    return ServiceServer(
+        "ocr",
+        settings,
+        metrics=metrics,
+        host=host,
+        register=register,
+        lifespan=lifespan,
+        interceptors=[Repeats(_REPEATABLE, settings, metrics)],
+    )
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from services.kit.settings import MIB, ServiceSettings
+from services.kit.settings import MIB, RepeatSettings
 from services.ocr.domain import BEAM_WIDTH_MOST, Precision, Runtime
 from services.ocr.languages import is_tag
 
@@ -16,7 +16,7 @@ MEMORY_SHARE = 0.7
 _EMBEDDED = Path(__file__).resolve().parents[2] / "models" / "handwriting-tiny"
 
 
-class Settings(ServiceSettings):
+class Settings(RepeatSettings):
     """The OCR service's settings; an unknown or unfit value stops the service at its start with a message."""
 
     model_config = SettingsConfigDict(env_prefix="INKWELL_OCR_", extra="forbid", frozen=True)

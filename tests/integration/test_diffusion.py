@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -106,6 +107,14 @@ async def refusal(service: Service, **fields: Any) -> tuple[grpc.StatusCode, dic
 
 
 class TestGenerate:
+    async def test_a_call_that_is_sent_again_is_not_painted_again(self, service: Service) -> None:
+        unseeded = pb.GenerateRequest(prompt="red panda")  # so that every run paints another picture
+        metadata = (("inkwell-request-id", str(uuid.uuid4())),)
+        first = await events(service.stub.Generate(unseeded, metadata=metadata))
+        assert await events(service.stub.Generate(unseeded, metadata=metadata)) == first
+        other = await events(service.stub.Generate(unseeded))
+        assert other[-1].result.images[0].image.content != first[-1].result.images[0].image.content
+
     async def test_tells_how_it_goes_and_ends_with_the_picture(self, service: Service) -> None:
         said = await events(service.stub.Generate(request(image_count=2, width=40, preview=EVERY_STEP)))
         assert [response.sequence for response in said] == list(range(1, len(said) + 1))

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import struct
+import uuid
 import zlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -180,6 +181,28 @@ async def test_a_stream_tells_how_the_reading_goes(service: Service) -> None:
     assert [p.token_count for p in partials] == sorted({p.token_count for p in partials})
     assert all(wanted.startswith(p.text) for p in partials)  # greedy search never takes back
     assert events[-1].result.hypotheses[0].text == wanted
+
+
+async def test_calls_that_are_sent_again_are_not_read_again(service: Service) -> None:
+    def named() -> dict[str, Any]:
+        return {"metadata": (("inkwell-request-id", str(uuid.uuid4())),)}
+
+    tokens = service.metric("inkwell_decode_tokens_total", model="tiny")
+    once = named()
+    first = await service.stub.Recognize(request(), **once)
+    decoded = service.metric("inkwell_decode_tokens_total", model="tiny") - tokens
+    assert decoded > 0
+    again = service.stub.Recognize(request(), **once)
+    assert await again == first
+    assert dict(await again.initial_metadata())["inkwell-model"] == "tiny"
+    streamed = named()
+    asked = request(kind=ocr_pb2.StreamRecognizeRequest)
+    told = [[event async for event in service.stub.StreamRecognize(asked, **streamed)] for _ in range(2)]
+    assert told[0] == told[1]
+    assert service.metric("inkwell_decode_tokens_total", model="tiny") == tokens + 2 * decoded
+    embedding = named()
+    images = ocr_pb2.EmbedRequest(images=[common_pb2.Image(content=png())])
+    assert await service.stub.Embed(images, **embedding) == await service.stub.Embed(images, **embedding)
 
 
 async def test_list_models_shows_what_unset_options_mean(service: Service) -> None:
