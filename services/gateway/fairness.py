@@ -12,6 +12,10 @@ from dataclasses import dataclass
 
 from services.kit.admission import Priority
 
+_HIGHEST = int(max(Priority))
+# Callers that do not wait and are remembered all the same, before it is looked which of them are owed nothing.
+_KEPT = 16
+
 
 @dataclass(eq=False, slots=True)
 class Waiting:
@@ -41,12 +45,6 @@ class _Caller:
         del self.waiting[waiting.priority][waiting.number]
         self.count -= 1
 
-    def first(self) -> Iterator[Waiting]:
-        # Of each priority the one that came first: no other can come before it.
-        for queued in self.waiting:
-            if queued:
-                yield next(iter(queued.values()))
-
 
 class FairQueue:
     """Calls that wait for one pool.
@@ -62,6 +60,7 @@ class FairQueue:
         self._numbers = itertools.count(1)
         self._callers: dict[str, _Caller] = {}
         self._waiting = 0
+        self._competing = 0  # callers that wait
         # The pass of a caller that comes anew. It moves on by one call shared among those who wait, so that a stream
         # of new callers cannot keep an old one waiting for ever.
         self._now = 0.0
@@ -107,7 +106,10 @@ class FairQueue:
     def enter(self, caller: str, priority: Priority) -> Waiting:
         """A call waits from now on."""
         waiting = Waiting(next(self._numbers), caller, priority, self._clock())
-        self._caller(caller).add(waiting)
+        known = self._caller(caller)
+        if not known.count:
+            self._competing += 1
+        known.add(waiting)
         self._waiting += 1
         return waiting
 
@@ -115,41 +117,59 @@ class FairQueue:
         """A call gives up; without effect if it was given a place or left before."""
         if waiting.gone:
             return
-        self._callers[waiting.caller].remove(waiting)
-        self._waiting -= 1
+        caller = self._callers[waiting.caller]
+        caller.remove(waiting)
+        self._left(caller)
         self._forget()
 
     def take(self) -> Waiting | None:
         """Remove and answer the call whose turn it is; None if none waits."""
+        # Written out, as it is gone through for every caller that waits whenever a call goes in.
         now = self._clock()
-        best: tuple[tuple[int, float, int], _Caller, Waiting] | None = None
+        best: _Caller | None = None
+        taken: Waiting | None = None
+        best_level, best_at = -1, 0.0
         for caller in self._callers.values():
             if not caller.count:
                 continue
-            # The caller's most urgent call decides about its turn, its head about what is done with it.
-            level = 0
-            head: tuple[int, int, Waiting] | None = None
-            for waiting in caller.first():
-                level = max(level, self._lifted(waiting.priority, now - max(waiting.entered_at, caller.turn_at)))
-                place = (-self._lifted(waiting.priority, now - waiting.entered_at), waiting.number, waiting)
-                if head is None or place[:2] < head[:2]:
-                    head = place
+            # The caller's most urgent call decides about its turn, its head about what is done with it. Of each
+            # priority the call that came first: no other can come before it.
+            level = head_level = -1
+            head: Waiting | None = None
+            for priority, queued in enumerate(caller.waiting):
+                if not queued:
+                    continue
+                waiting = next(iter(queued.values()))
+                entered = waiting.entered_at
+                level = max(level, self._lifted(priority, now - max(entered, caller.turn_at)))
+                lifted = self._lifted(priority, now - entered)
+                if head is None or lifted > head_level or (lifted == head_level and waiting.number < head.number):
+                    head, head_level = waiting, lifted
             assert head is not None
-            key = (-level, caller.at, head[1])
-            if best is None or key < best[0]:
-                best = (key, caller, head[2])
-        if best is None:
+            if (
+                taken is None
+                or level > best_level
+                or (level == best_level and (caller.at, head.number) < (best_at, taken.number))
+            ):
+                best, taken, best_level, best_at = caller, head, level, caller.at
+        if best is None or taken is None:
             return None
-        _, caller, taken = best
-        caller.remove(taken)
-        self._waiting -= 1
-        caller.turn_at = now
-        self._charge(caller)
+        best.remove(taken)
+        self._left(best)
+        best.turn_at = now
+        self._charge(best)
         self._forget()
         return taken
 
-    def _lifted(self, priority: Priority, waited_s: float) -> int:
-        return min(int(priority) + int(max(0.0, waited_s) / self._ageing_s), int(Priority.HIGH))
+    def _left(self, caller: _Caller) -> None:
+        self._waiting -= 1
+        if not caller.count:
+            self._competing -= 1
+
+    def _lifted(self, priority: int, waited_s: float) -> int:
+        if waited_s < self._ageing_s:
+            return priority
+        return min(priority + int(waited_s / self._ageing_s), _HIGHEST)
 
     def _caller(self, name: str) -> _Caller:
         caller = self._callers.get(name)
@@ -161,14 +181,17 @@ class FairQueue:
         return caller
 
     def _charge(self, caller: _Caller) -> None:
-        competing = sum(1 for other in self._callers.values() if other.count or other is caller)
+        competing = self._competing if caller.count else self._competing + 1
         caller.at += 1.0
-        self._now += 1.0 / max(1, competing)
+        self._now += 1.0 / competing
 
     def _forget(self) -> None:
         if not self._waiting:
             # Nobody competes, so nobody is owed anything.
             self._callers.clear()
-            return
+        elif len(self._callers) > 2 * self._competing + _KEPT:
+            self._forget_settled()
+
+    def _forget_settled(self) -> None:
         for name in [c.name for c in self._callers.values() if not c.count and c.at <= self._now]:
             del self._callers[name]
