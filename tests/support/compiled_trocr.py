@@ -34,21 +34,15 @@ _folders = tempfile.TemporaryDirectory(prefix="compiled-trocr-")
 
 
 def tied(folder: Path) -> Path:
-    """ViT; learned positions, gelu, normalized embeddings that are the output layer too."""
-    return tiny_trocr.save(folder, tiny_trocr.build(positions=160))
+    """ViT without biases of queries, keys and values, as trocr-base and trocr-large have it; learned positions, gelu,
+    normalized embeddings that are the output layer too."""
+    return tiny_trocr.save(folder, tiny_trocr.build(positions=160, qkv_bias=False))
 
 
 def untied(folder: Path) -> Path:
     """DeiT; sines for positions, relu, embeddings that are scaled and not normalized, an output layer of its own."""
     large = published_trocr.ARCHITECTURES["trocr-large-printed"]
     published_trocr.save(folder, published_trocr.Architecture(2, 6, 2, 4, True, True, large.decoder))
-    return folder
-
-
-def published(folder: Path) -> Path:
-    """The encoder of trocr-base and trocr-large: ViT without biases for queries, keys and values. Fewer layers."""
-    base = published_trocr.ARCHITECTURES["trocr-base-handwritten"]
-    published_trocr.save(folder, published_trocr.Architecture(1, base.encoder_heads, 1, base.decoder_heads))
     return folder
 
 

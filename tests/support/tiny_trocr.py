@@ -26,7 +26,13 @@ HEIGHT, WIDTH = 16, 64
 
 
 def build(
-    *, channels: int = 1, learned_positions: bool = True, layers: int = 2, positions: int = 48, seed: int = 0
+    *,
+    channels: int = 1,
+    learned_positions: bool = True,
+    layers: int = 2,
+    positions: int = 48,
+    qkv_bias: bool = True,
+    seed: int = 0,
 ) -> VisionEncoderDecoderModel:
     """The model in memory, in evaluation mode."""
     torch.manual_seed(seed)
@@ -39,6 +45,7 @@ def build(
             image_size=(HEIGHT, WIDTH),
             patch_size=8,
             num_channels=channels,
+            qkv_bias=qkv_bias,
         ),
         add_pooling_layer=False,
     )

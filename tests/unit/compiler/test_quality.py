@@ -86,7 +86,7 @@ def test_the_character_error_rate_is_edits_over_characters() -> None:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     # As `tied`, whose graphs are exported once for all tests, but for shorter texts.
-    tiny_trocr.save(folder, tiny_trocr.build(positions=160), max_length=12)
+    tiny_trocr.save(folder, tiny_trocr.build(positions=160, qkv_bias=False), max_length=12)
     made = lines.rendered(12, seed=5)
     rows = ["file\ttext"]
     (folder / "lines").mkdir()
