@@ -1,9 +1,11 @@
 """`python -m services.diffusion`: settings, engine host, servicer, serve."""
 
 import contextlib
+import sys
 from collections.abc import AsyncIterator
 
 import grpc
+from pydantic import ValidationError
 
 from inkwell.diffusion.v1 import diffusion_pb2, diffusion_pb2_grpc
 from services.diffusion.servicer import DiffusionServicer
@@ -53,8 +55,15 @@ def build(settings: Settings) -> ServiceServer:
 
 
 def main() -> None:
-    """Serve until told to stop."""
-    run(build(Settings()))
+    """Serve until told to stop; exits with 2 when a setting is unfit."""
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        for problem in error.errors():
+            name = ".".join(str(part) for part in problem["loc"]).upper() or "settings"
+            print(f"INKWELL_DIFFUSION_{name}: {problem['msg']}", file=sys.stderr)
+        raise SystemExit(2) from None
+    run(build(settings))
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ class _Policy:
 
     rules: tuple[_Rule, ...]
     issuers: dict[str, tokens.Issuer]  # by `iss`
-    keys: dict[str, str]  # names by SHA-256
+    keys: dict[bytes, str]  # names by SHA-256
 
 
 class Access:
@@ -110,7 +110,7 @@ class Access:
             issuers={
                 issuer.issuer: tokens.Issuer(issuer, path.parent, once=self._limiter.once) for issuer in file.tokens
             },
-            keys={key.sha256: f"{KEY}/{key.name}" for key in file.keys},
+            keys={bytes.fromhex(key.sha256): f"{KEY}/{key.name}" for key in file.keys},
         )
 
     @contextlib.asynccontextmanager
@@ -193,9 +193,14 @@ class Access:
         if scheme.lower() != "bearer" or not token:
             raise faults.unauthenticated("TOKEN_INVALID", "metadata.authorization: expected 'Bearer TOKEN'")
         # Compared by look-up of the hash: its time tells nothing of the keys that would fit.
-        known = policy.keys.get(hashlib.sha256(token.encode()).hexdigest())
+        hashed = hashlib.sha256(token.encode()).digest()
+        known = policy.keys.get(hashed)
         if known is not None:
             return known
+        for tried in policy.issuers.values():
+            known = tried.known(hashed)
+            if known is not None:
+                return known
         header, issuer = tokens.parts(token)
         if issuer not in policy.issuers:
             raise faults.unauthenticated("TOKEN_INVALID", "the token cannot be believed: its issuer is not known here")

@@ -91,13 +91,16 @@ class Issuer:
         self._keys = keys
         self._remembered.clear()  # a key that was withdrawn must not go on working
 
+    def known(self, hashed: bytes) -> str | None:
+        """The name of the caller whose token has this SHA-256, if it was believed before and still is."""
+        found = self._remembered.get(hashed)
+        if found is None or time.time() >= found[1]:
+            return None
+        self._remembered.move_to_end(hashed)
+        return found[0]
+
     async def caller(self, token: str, header: dict[str, Any]) -> str:
         """The name of the caller with this token; raises Fault that says what is wrong with it, but not the token."""
-        hashed = hashlib.sha256(token.encode()).digest()
-        known = self._remembered.get(hashed)
-        if known is not None and time.time() < known[1]:
-            self._remembered.move_to_end(hashed)
-            return known[0]
         claims = await self._verified(token, header)
         name = claims.get(self.config.claim)
         caller = f"{self.config.name}/{name}"
@@ -107,7 +110,7 @@ class Issuer:
         if self.config.once:
             await self._use_up(claims, ends)
             return caller
-        self._remembered[hashed] = (caller, ends)
+        self._remembered[hashlib.sha256(token.encode()).digest()] = (caller, ends)
         if len(self._remembered) > _REMEMBERED_MOST:
             self._remembered.popitem(last=False)
         return caller
