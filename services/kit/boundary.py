@@ -40,6 +40,9 @@ _FOR_ALL = "/grpc.health."
 Guard = Callable[[str, grpc.aio.ServicerContext], Awaitable[None]]
 
 
+_HANDLERS_MOST = 256  # kept wrapped; callers make paths up
+
+
 @dataclass(frozen=True)
 class _BadMessage:
     """Stands in for a request message that could not be taken in."""
@@ -61,6 +64,8 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self._idle = asyncio.Event()
         self._idle.set()
         self.draining = False
+        # By method, what was wrapped and the wrapped: every call of a method brings the same handler, as a rule.
+        self._handlers: dict[str, tuple[grpc.RpcMethodHandler, grpc.RpcMethodHandler]] = {}
         self.guard: Guard | None = None
 
     async def wait_idle(self) -> None:
@@ -80,8 +85,13 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             if self.guard is None or method.startswith(_FOR_ALL):
                 return handler
             return self._admitting(handler, method, self.guard)
-        metadata = dict(handler_call_details.invocation_metadata or ())
-        return self._wrapped(handler, method, metadata.get(REQUEST_ID_KEY))
+        known = self._handlers.get(method)
+        if known is not None and known[0] is handler:
+            return known[1]
+        wrapped = self._wrapped(handler, method)
+        if known is not None or len(self._handlers) < _HANDLERS_MOST:
+            self._handlers[method] = (handler, wrapped)
+        return wrapped
 
     def _admitting(self, handler: grpc.RpcMethodHandler, method: str, guard: Guard) -> grpc.RpcMethodHandler:
         """Infrastructure with the guard before it, and otherwise as it is."""
@@ -112,11 +122,11 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             stream_stream=to_stream if handler.stream_stream else None,
         )
 
-    def _wrapped(self, handler: grpc.RpcMethodHandler, method: str, request_id: Any) -> grpc.RpcMethodHandler:
+    def _wrapped(self, handler: grpc.RpcMethodHandler, method: str) -> grpc.RpcMethodHandler:
         deserializer = self._guarded(handler.request_deserializer)
 
         async def to_one(request: Any, context: grpc.aio.ServicerContext) -> Any:
-            async with self._call(method, request_id, context):
+            async with self._call(method, context):
                 behaviour = handler.stream_unary if handler.request_streaming else handler.unary_unary
                 reply = await behaviour(_checked(request, handler.request_streaming), context)
                 labels = current_labels.get()
@@ -127,7 +137,7 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 return reply
 
         async def to_stream(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-            async with self._call(method, request_id, context):
+            async with self._call(method, context):
                 behaviour = handler.stream_stream if handler.request_streaming else handler.unary_stream
                 produced = behaviour(_checked(request, handler.request_streaming), context)
                 if hasattr(produced, "__aiter__"):
@@ -147,12 +157,13 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return make(to_stream if handler.response_streaming else to_one, deserializer, handler.response_serializer)
 
     @contextlib.asynccontextmanager
-    async def _call(self, method: str, request_id: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+    async def _call(self, method: str, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
         began = time.monotonic()
         # Asked now: a stream that its caller left may be closed after grpc has freed the call, and the context's
         # methods then read freed memory (a segmentation fault of grpcio 1.85 was traced to `peer`).
         peer = context.peer()
         left = context.time_remaining()
+        request_id: Any = dict(context.invocation_metadata() or ()).get(REQUEST_ID_KEY)
         if not (isinstance(request_id, str) and _REQUEST_ID.fullmatch(request_id)):
             request_id = uuid.uuid4().hex
         labels = CallLabels()
@@ -191,10 +202,7 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             seconds = time.monotonic() - began
             counted_as = labels.method or method
             self._metrics.in_flight.dec()
-            self._metrics.requests.labels(
-                self._metrics.service, counted_as, code, self._metrics.model_label(labels.model), labels.hardware
-            ).inc()
-            self._metrics.request_seconds.labels(self._metrics.service, counted_as).observe(seconds)
+            self._metrics.ended(counted_as, code, model=labels.model, hardware=labels.hardware, seconds=seconds)
             log.info(
                 "call",
                 method=method,

@@ -81,6 +81,18 @@ class Metrics:
             "inkwell_engine_restarts", "Times that the engine process ended unasked.", registry=self.registry
         )
         self.ready = Gauge("inkwell_ready", "1 while the service is ready for calls.", registry=self.registry)
+        # The look-up by labels costs more than the counting.
+        self._counts: dict[tuple[str, str, str, str], tuple[Counter, Histogram]] = {}
+
+    def ended(self, method: str, code: str, *, model: str, hardware: str, seconds: float) -> None:
+        """Count a call that ended, and the seconds that it took."""
+        key = (method, code, self.model_label(model), hardware)
+        counts = self._counts.get(key)
+        if counts is None:
+            counts = (self.requests.labels(self.service, *key), self.request_seconds.labels(self.service, method))
+            self._counts[key] = counts
+        counts[0].inc()
+        counts[1].observe(seconds)
 
     def follow_certificate(self, expires: Callable[[], float]) -> None:
         """Show when the server's certificate expires; `expires` answers that in seconds of Unix time."""
