@@ -195,10 +195,11 @@ class Endpoint:
         self._learn(trailing, self.in_flight - 1)
         self._well()
 
-    def failed(self, error: grpc.aio.AioRpcError) -> None:
+    def failed(self, error: grpc.aio.AioRpcError, *, silence_is_fine: bool = False) -> None:
         """Note a call that ended in an error, and has been counted out.
 
-        If the connection is gone, the endpoint is unreachable from now on, before the watch finds out.
+        If the connection is gone, the endpoint is unreachable from now on, before the watch finds out. silence_is_fine:
+        that the deadline passed says nothing against it, such as when it had begun to answer.
         """
         trailing = error.trailing_metadata() or ()
         self._learn(trailing, self.in_flight)
@@ -212,12 +213,16 @@ class Endpoint:
                 self._watch_anew()
         if self.state is not State.READY:
             return  # it is known to be away, and that is all there is to it
-        bad = speaks_against(code, said_by_server=said_by_server)
+        bad = speaks_against(code, said_by_server=said_by_server or silence_is_fine)
         if bad:
-            self.record.failed(time.monotonic())
-            self._on_failure(self)
+            self._badly()
         elif bad is not None:
             self._well()
+
+    def kept_silent(self) -> None:
+        """Note a call whose deadline passed without a word from the endpoint, and that has been counted out."""
+        if self.state is State.READY:
+            self._badly()
 
     async def serves(self) -> bool:
         """Ask it anew, over and above the watch, whether it is ready."""
@@ -231,6 +236,10 @@ class Endpoint:
         except grpc.aio.AioRpcError:
             return False
         return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
+
+    def _badly(self) -> None:
+        self.record.failed(time.monotonic())
+        self._on_failure(self)
 
     def _well(self) -> None:
         now = time.monotonic()

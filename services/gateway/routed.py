@@ -52,6 +52,7 @@ class RoutedCall:
         self._access = routing.access
         self._tiers: Tiers = ()
         self._endpoint: Endpoint | None = None
+        self._under_way = False  # an attempt is
         self._tried: list[Endpoint] = []
         self._deadline: float | None = None  # on the loop's clock
         self._wait_left_s = routing.settings.retry_wait_s
@@ -66,6 +67,11 @@ class RoutedCall:
             self.code = CODES[error.data.kind]
         elif isinstance(error, asyncio.CancelledError):
             self.code = grpc.StatusCode.CANCELLED
+            end = self._attempts_end()
+            late = end is not None and asyncio.get_running_loop().time() >= end
+            # Our caller's deadline and the endpoint's pass at nearly the same time, and either may be seen first.
+            if late and self._under_way and self._endpoint is not None and not self._excuses_silence():
+                self._endpoint.kept_silent()
         elif error is not None and not isinstance(error, grpc.aio.AbortError):
             self.code = grpc.StatusCode.INTERNAL
         pool = self._endpoint.pool if self._endpoint is not None else NO_POOL
@@ -89,6 +95,13 @@ class RoutedCall:
             raise none_ready(self._tiers)
         return endpoint
 
+    def _excuses_silence(self) -> bool:
+        # An endpoint may be waiting for the caller's requests, or for an operation to end.
+        return self.answered or self.feed is not None or self.method.operation_name is not None
+
+    def _attempts_end(self) -> float | None:
+        return None if self._deadline is None else self._deadline - self._settings.deadline_margin_ms / 1000
+
     def begin(self, endpoint: Endpoint) -> float | None:
         """Count an attempt at the endpoint; answers its timeout in seconds, None without a deadline.
 
@@ -105,6 +118,7 @@ class RoutedCall:
                 )
         self.attempts += 1
         self._endpoint = endpoint
+        self._under_way = True
         endpoint.begin(self._fleet.next_turn())
         return timeout
 
@@ -117,7 +131,8 @@ class RoutedCall:
         failed = self._endpoint
         if failed is None:
             return None
-        failed.failed(error)
+        self._under_way = False
+        failed.failed(error, silence_is_fine=self._excuses_silence())
         trailing = error.trailing_metadata() or ()
         if error.code() is not grpc.StatusCode.UNAVAILABLE:
             return None

@@ -16,7 +16,7 @@ from services.gateway.ejection import Standing
 from services.gateway.endpoint import State
 from services.kit import orca
 from services.kit.orca import Load
-from tests.integration.test_gateway import forever, outcome
+from tests.integration.test_gateway import first_then_forever, forever, outcome
 from tests.integration.test_gateway_routing import backends, served_by
 from tests.support import counting_service
 from tests.support.backend import BIDI, SERVER_STREAM, UNARY, Backend, echo
@@ -293,6 +293,18 @@ async def test_an_endpoint_that_hangs_is_left_out_by_the_deadlines_it_lets_pass(
         assert ejections(gateway, "in a row") == 1
         for _ in range(6):
             await gateway.channel.unary_unary(UNARY)(b"a", timeout=20)
+
+
+async def test_work_that_takes_longer_than_its_caller_waits_is_not_the_endpoints_fault() -> None:
+    async with backends(2) as (slow, good), running(pool("ocr-cpu", slow, good), eject_after=1) as gateway:
+        slow.behaviour = first_then_forever
+        while slow.call_count < 1:
+            call = gateway.channel.unary_stream(SERVER_STREAM)(b"a", timeout=2)
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                async for _ in call:
+                    pass
+            await gateway.idle()
+        assert gateway.endpoint(slow).record.standing is Standing.IN
 
 
 @pytest.mark.parametrize("count", [1, 3])

@@ -121,7 +121,8 @@ def test_another_tier_comes_before_those_left_out() -> None:
     tiers: Any = [[Pool([ejected])], [Pool([fallback])]]
     chosen: Any = balance.choose(tiers, (), NOW, RULES)
     assert chosen is fallback
-    chosen = balance.choose(tiers, (chosen,), NOW, RULES)
+    tried: Any = [fallback]
+    chosen = balance.choose(tiers, tried, NOW, RULES)
     assert chosen is ejected
 
 
