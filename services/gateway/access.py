@@ -281,7 +281,7 @@ def _checked(metadata: Iterable[Pair]) -> str | None:
     """The metadata `authorization`, None without; raises Fault for what would be understood in two ways."""
     seen: dict[str, str | bytes] = {}
     for key, value in metadata:
-        if key == CALLER_KEY:
+        if key.startswith(CALLER_KEY):  # -bin too
             raise faults.invalid_field(f"metadata.{key}", "only a gateway says who calls; leave it out")
         if key in _SINGLE:
             if key in seen:
