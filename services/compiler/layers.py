@@ -15,8 +15,8 @@ from onnx import TensorProto, numpy_helper
 # Smaller weights gain nothing: their scales and the nodes that unpack them take as much.
 SMALLEST_WEIGHT = 1024
 # Beyond it weights lie in "<file>.data" beside the graph, which runtimes map into memory instead of reading it through
-# protobuf: a TrOCR-base graph opened 2.8 times as fast that way, and took 0.6 GB less while it did. Smaller graphs gain
-# nothing and are easier to handle as one file.
+# protobuf: ONNX Runtime opened the 913 MB of the decoder of TrOCR-base in 1.8 s instead of 4.7, and took 0.6 GB less
+# memory of its own. Smaller graphs gain little and are easier to handle as one file.
 INLINE_BYTES_MOST = 64 << 20
 # Smaller tensors stay in the graph, whose shapes are computed from some of them.
 _APART_BYTES_LEAST = 1024
