@@ -15,6 +15,8 @@ from google.protobuf.descriptor import FieldDescriptor
 from inkwell.compiler.v1 import compiler_pb2
 from services.gateway.methods import METHODS, Method, addressed
 
+# A message of nothing but the smallest fields would hold all calls up for half a second a MiB.
+_FIELDS_MOST = 10_000
 _LONGEST_NAME = 256  # bytes; longer ones are no model's, and the service says so
 _UUID = re.compile(r"[0-9a-fA-F]{8}-?(?:[0-9a-fA-F]{4}-?){3}[0-9a-fA-F]{12}")
 _OPERATION = "google.longrunning.Operation"
@@ -115,14 +117,18 @@ def begun(response: bytes) -> str:
 def scan(data: bytes, wanted: tuple[int, ...]) -> dict[int, Any]:
     """Top-level fields of a protobuf message: bytes of strings and messages, ints of varints; of several, the last.
 
-    Stops quietly where the data is no protobuf message.
+    Stops quietly where the data is no protobuf message, and after _FIELDS_MOST fields.
     """
     found: dict[int, Any] = {}
     at, end = 0, len(data)
+    left = _FIELDS_MOST
     try:
-        while at < end:
+        while at < end and left > 0:
+            left -= 1
             key, at = _varint(data, at)
             number, kind = key >> 3, key & 7
+            if number == 0:
+                break
             if kind == 0:
                 value, at = _varint(data, at)
                 if number in wanted:
