@@ -11,7 +11,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from inkwell.gateway.v1 import gateway_pb2
-from services.gateway.config import ConfigError, checked
+from services.gateway.config import checked, decode, read
 from services.gateway.methods import FULL_NAMES, METHODS, SHARED_NAMES
 from services.kit.settings import is_loopback
 
@@ -137,11 +137,7 @@ class AccessFile(_Part):
 
 def load(path: Path) -> AccessFile:
     """Read and check the file; raises ConfigError. Files of keys that it names are relative to it."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    return checked(AccessFile, text, name=str(path))
+    return checked(AccessFile, decode(read(path), path), name=str(path))
 
 
 def matches(patterns: tuple[str, ...], text: str) -> bool:

@@ -3,17 +3,47 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import yaml
+
+from services.gateway import access_file
 from services.gateway import config as configuration
+from services.gateway.access_file import AccessFile
 from services.gateway.config import GatewayConfig
 from services.gateway.methods import FULL_NAMES
 
 
 def check(path: Path) -> list[str]:
-    """Lines for people on what the file means, and on what in it has no effect. Raises ConfigError."""
+    """Lines for people on what the file means, and on what in it has no effect. Raises ConfigError.
+
+    An access file, which has the key `rules`, is told from a configuration.
+    """
+    if _has_rules(path):
+        return _access(path, access_file.load(path))
     config = configuration.load(path)
     lines = [f"{path}: ok, {_count(len(config.pools), 'pool')}, {_count(len(config.routes), 'route')}"]
     lines += [f"  {line}" for line in _orders(config)]
     lines += [f"  warning: {line}" for line in _idle(config)]
+    return lines
+
+
+def _has_rules(path: Path) -> bool:
+    try:
+        data = yaml.safe_load(configuration.decode(configuration.read(path), path))
+    except yaml.YAMLError:
+        return False  # which the check of a configuration says better
+    return isinstance(data, dict) and "rules" in data
+
+
+def _access(path: Path, file: AccessFile) -> list[str]:
+    counted = (_count(len(file.rules), "rule"), _count(len(file.tokens), "issuer"), _count(len(file.keys), "key"))
+    lines = [f"{path}: ok, {', '.join(counted)}"]
+    for i, rule in enumerate(file.rules):
+        bounds = (("models", rule.models), ("in pools", rule.pools), ("at most", rule.limits))
+        told = "".join(f", {what} {' '.join(values)}" for what, values in bounds if values)
+        lines.append(f"  rules[{i}]: {' '.join(rule.callers)} may call {' '.join(rule.methods)}{told}")
+    for i, issuer in enumerate(file.tokens):
+        if "://" not in issuer.keys and not (path.parent / issuer.keys).is_file():
+            lines.append(f"  warning: tokens[{i}].keys: there is no file {path.parent / issuer.keys}")
     return lines
 
 

@@ -205,7 +205,8 @@ def checked(model: type[_Model], text: str, *, name: str) -> _Model:
     try:
         return model.model_validate(data)
     except pydantic.ValidationError as error:
-        lines = [f"{_path(e['loc'])}: {_what(e)}" for e in error.errors()]
+        # What is wrong between keys has no path, and says it itself.
+        lines = [": ".join(filter(None, (_path(e["loc"]), _what(e)))) for e in error.errors()]
         raise ConfigError(f"{name}: " + "; ".join(lines)) from None
 
 
