@@ -215,6 +215,8 @@ class Endpoint:
             return  # it is known to be away, and that is all there is to it
         bad = speaks_against(code, said_by_server=said_by_server or silence_is_fine)
         if bad:
+            if code is not grpc.StatusCode.UNAVAILABLE:
+                self.last_error = f"{code.name}: {error.details()}"
             self._badly()
         elif bad is not None:
             self._well()
@@ -222,6 +224,7 @@ class Endpoint:
     def kept_silent(self) -> None:
         """Note a call whose deadline passed without a word from the endpoint, and that has been counted out."""
         if self.state is State.READY:
+            self.last_error = "a deadline passed without a word from it"
             self._badly()
 
     async def serves(self) -> bool:

@@ -127,6 +127,7 @@ class Pool:
             return
         seconds = endpoint.record.eject(now)
         self.ejections[reason] += 1
+        endpoint.last_error = f"left out for {seconds:g} s ({reason}); the last was {endpoint.last_error}"
         log.warning("endpoint left out", pool=self.name, address=endpoint.address, reason=reason, seconds=seconds)
         self._spawn(self._bring_back(endpoint, seconds), f"bring back {endpoint.address}")
         self._on_change()

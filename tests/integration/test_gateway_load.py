@@ -251,6 +251,7 @@ async def test_an_endpoint_that_fails_its_calls_is_left_out_tried_and_brought_ba
                 codes.append(error.code())
         # Callers met it as often as it takes, and no more.
         assert codes == [grpc.StatusCode.INTERNAL] * 3
+        assert gateway.endpoint(bad).last_error == "left out for 0.1 s (in a row); the last was INTERNAL: broken"
         value = gateway.server.metrics.registry.get_sample_value
         assert value("inkwell_gateway_ejected", {"pool": "ocr-cpu"}) == 1
         assert ejections(gateway, "in a row") == 1
