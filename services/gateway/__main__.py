@@ -1,6 +1,7 @@
 """`python -m services.gateway [--config FILE]`: one address in front of every pool of every service."""
 
 import argparse
+import asyncio
 import contextlib
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -14,6 +15,7 @@ from inkwell.gateway.v1 import gateway_pb2, gateway_pb2_grpc
 from services.gateway import config as configuration
 from services.gateway.access import Access
 from services.gateway.balance import BalanceRules
+from services.gateway.check import check
 from services.gateway.config import ConfigError, GatewayConfig
 from services.gateway.discovery import Resolver, resolve_host
 from services.gateway.ejection import EjectionRules
@@ -24,6 +26,7 @@ from services.gateway.methods import FULL_NAMES, SHARED_NAMES
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.pools import Fleet, Ways
 from services.gateway.proxy import Proxy
+from services.gateway.reload import Reloading
 from services.gateway.routed import Routing
 from services.gateway.servicer import GatewayServicer
 from services.gateway.settings import Settings
@@ -35,7 +38,9 @@ from services.kit.tls import TlsError, TlsFolder
 
 def build(settings: Settings, *, member: Member | None = None) -> ServiceServer:
     """The gateway's server, with the pools of the file that the settings name; raises ConfigError."""
-    return assemble(settings, make_fleet(settings, configuration.load(settings.config)), member=member)
+    contents = configuration.read(settings.config)
+    config = configuration.parse(configuration.decode(contents, settings.config), name=str(settings.config))
+    return assemble(settings, make_fleet(settings, config), member=member, contents=contents)
 
 
 def make_fleet(settings: Settings, config: GatewayConfig, *, resolver: Resolver = resolve_host) -> Fleet:
@@ -58,15 +63,29 @@ def make_fleet(settings: Settings, config: GatewayConfig, *, resolver: Resolver 
     return Fleet(config, ways)
 
 
-def assemble(settings: Settings, fleet: Fleet, *, member: Member | None = None) -> ServiceServer:
-    """A server in front of the fleet, which runs while the server does; `member` if it is one process of several."""
+def assemble(
+    settings: Settings, fleet: Fleet, *, member: Member | None = None, contents: bytes | None = None
+) -> ServiceServer:
+    """A server in front of the fleet, which runs while the server does; `member` if it is one process of several.
+
+    contents: of the file that the settings name, which is followed from then on; None if the fleet comes from no file.
+    """
     metrics = Metrics("gateway")
+    reloading: Reloading | None = None
+    if contents is not None:
+        reloading = Reloading(
+            settings.config,
+            contents,
+            interval_s=settings.reload_interval_s,
+            apply=fleet.apply,
+            registry=metrics.registry,
+        )
     access = Access(settings, metrics.registry)
     routing = Routing(fleet, settings, GatewayMetrics(metrics.registry, fleet), access)
     own_name = gateway_pb2.DESCRIPTOR.services_by_name["GatewayService"].full_name
 
     def register(server: grpc.aio.Server) -> list[str]:
-        gateway_pb2_grpc.add_GatewayServiceServicer_to_server(GatewayServicer(fleet), server)
+        gateway_pb2_grpc.add_GatewayServiceServicer_to_server(GatewayServicer(fleet, reloading), server)
         server.add_generic_rpc_handlers((Proxy(routing),))
         return [own_name, *FULL_NAMES.values(), *SHARED_NAMES]
 
@@ -92,6 +111,9 @@ def assemble(settings: Settings, fleet: Fleet, *, member: Member | None = None) 
             await exits.enter_async_context(fleet.running())
             if member is not None:
                 await member.serving(fleet)
+            if reloading is not None:
+                following = asyncio.create_task(reloading.run(), name="reload")
+                exits.callback(following.cancel)
             yield
 
     return ServiceServer(
@@ -125,7 +147,15 @@ def main() -> None:
     """Serve until SIGTERM or SIGINT. A wrong setting or configuration file ends with 2 and says what is wrong."""
     parser = argparse.ArgumentParser(prog="python -m services.gateway", description=__doc__)
     parser.add_argument("--config", type=Path, help="the file that names the pools (or INKWELL_GATEWAY_CONFIG)")
+    checking = parser.add_subparsers(dest="command", metavar="check").add_parser(
+        "check", help="say whether a configuration file is right and what it does, and end"
+    )
+    checking.add_argument("file", type=Path)
     arguments = parser.parse_args()
+    if arguments.command == "check":
+        with saying_what_is_wrong():
+            print("\n".join(check(arguments.file)))
+        return
     with saying_what_is_wrong():
         settings = Settings() if arguments.config is None else Settings(config=arguments.config)
         several = process_count(settings) > 1

@@ -14,9 +14,11 @@ import grpc
 import structlog
 from grpc_health.v1 import health_pb2
 
+from services.gateway import reports
 from services.gateway.ejection import EjectionRules, Record, speaks_against
 from services.gateway.metadata import ENDPOINT_KEY, HARDWARE_KEY, POOL_KEY, Metadata, Pair
 from services.gateway.methods import Method
+from services.gateway.selectors import Report
 from services.kit import orca
 from services.kit.tls import TlsFolder
 
@@ -38,6 +40,7 @@ class State(enum.StrEnum):
     CONNECTING = "connecting"  # not reached yet
     READY = "ready"
     NOT_READY = "not_ready"  # reached, and says so: loading, or draining
+    NOT_SELECTED = "not_selected"  # ready, but not what its pool is for
     UNREACHABLE = "unreachable"
 
 
@@ -92,6 +95,7 @@ class Endpoint:
 
     on_change: called with the endpoint after its state changed. on_failure: after a call failed in a way that speaks
     against it, while it says that it is ready. load_interval_s: seconds between the load reports that are asked of it.
+    misplaced: why an endpoint with this report may not be used here, "" if it may.
     """
 
     def __init__(
@@ -106,6 +110,7 @@ class Endpoint:
         on_failure: Callable[["Endpoint"], None] = lambda _endpoint: None,
         ejection: EjectionRules | None = None,
         load_interval_s: float = orca.USUAL_INTERVAL_S,
+        misplaced: Callable[[Report | None], str] = lambda _report: "",
     ) -> None:
         self.address = address
         self.pool = pool
@@ -119,6 +124,10 @@ class Endpoint:
         self.turn = 0  # when it was chosen last, in choices; the smallest is longest ago
         # What a reply's header says of who served it.
         self.served: Metadata = ((POOL_KEY, pool), (ENDPOINT_KEY, address), (HARDWARE_KEY, hardware))
+        self.report: Report | None = None  # what it says of itself; None before that, and of an older service
+        self.too_large: set[str] = set()  # models that it refused as too large for it, since its last report
+        self._misplaced = misplaced
+        self._reports: asyncio.Task[None] | None = None
         # Times are of time.monotonic. What the endpoint last said of its load, when, and how many calls of ours were
         # under way there then.
         self.load: orca.Load | None = None
@@ -139,13 +148,22 @@ class Endpoint:
         self._idle = asyncio.Event()
         self._idle.set()
 
+    @property
+    def store(self) -> str:
+        """Which store its operations are in: endpoints of the same answer know the same ones."""
+        reported = self.report.operations_store if self.report is not None else ""
+        return reported or self.address
+
     def start(self) -> None:
-        """Begin to follow the endpoint's readiness."""
+        """Begin to follow the endpoint's readiness and reports."""
+        if self._reports is None:
+            reading = reports.follow(self._channel, self._reported)
+            self._reports = asyncio.create_task(reading, name=f"report {self.pool} {self.address}")
         self._watching = asyncio.create_task(self._watch(), name=f"watch {self.pool} {self.address}")
 
     async def close(self) -> None:
         """Stop following it and close the connection; calls still under way there are cancelled."""
-        for task in (self._watching, self._following):
+        for task in (self._watching, self._following, self._reports):
             if task is not None:
                 task.cancel()
                 self._ending.add(task)
@@ -156,6 +174,11 @@ class Endpoint:
         """Connect anew, with the certificate as it is now; calls under way end on the connection they have."""
         old, self._channel = self._channel, self._open()
         self._stubs.clear()
+        if self._reports is not None:
+            self._reports.cancel()
+            self._ending.add(self._reports)
+            self._reports.add_done_callback(self._ending.discard)
+            self._reports = None
         self._watch_anew()
         self._follow_load_anew()
         leaving = asyncio.create_task(old.close(_OLD_CONNECTION_S), name=f"renew {self.address}")
@@ -331,7 +354,16 @@ class Endpoint:
             await asyncio.sleep(delay * random.uniform(0.8, 1.2))
             delay = min(delay * 2, _RECONNECT_MOST_S)
 
+    def _reported(self, report: Report | None) -> None:
+        self.report = report
+        self.too_large.clear()
+        if self.state in (State.READY, State.NOT_SELECTED):
+            self._set(State.READY)
+        self._on_change(self)
+
     def _set(self, state: State, error: str = "") -> None:
+        if state is State.READY and (why := self._misplaced(self.report)):
+            state, error = State.NOT_SELECTED, why
         if error:
             self.last_error = error
         if state is self.state:

@@ -8,16 +8,21 @@ from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequ
 from dataclasses import dataclass
 from typing import Any
 
+import grpc
 import structlog
 
-from services.gateway import balance, ejection
+from services.gateway import balance, ejection, retry, selectors
+from services.gateway.asked import Asked
 from services.gateway.balance import BalanceRules
 from services.gateway.config import ConfigError, GatewayConfig, PoolConfig, Target, parse_target
 from services.gateway.discovery import NameWatch, Resolver, resolve_host
 from services.gateway.ejection import EjectionRules
 from services.gateway.endpoint import ChannelOptions, Endpoint, State
 from services.gateway.kubernetes import ApiServer, SliceWatch
+from services.gateway.operations_home import OperationsHome
+from services.gateway.placing import Placing
 from services.gateway.preference import Preference
+from services.gateway.tiers import PoolLike, Tiers
 from services.kit import faults
 
 log = structlog.get_logger(__name__)
@@ -27,7 +32,6 @@ RETRY_AFTER_MS = 1000
 # How long the start waits for the first answer about a target. It may well come later; there are other pools.
 _FIRST_ANSWER_S = 5.0
 
-Tiers = tuple[tuple["Pool", ...], ...]
 
 @dataclass(frozen=True, slots=True)
 class Ways:
@@ -50,6 +54,7 @@ class Pool:
     """
 
     def __init__(self, config: PoolConfig, ways: Ways, *, on_change: Callable[[], None]) -> None:
+        self.config = config
         self.name = config.name
         self.service = config.service
         self.hardware = config.hardware
@@ -156,6 +161,7 @@ class Pool:
                 on_failure=self._failed,
                 ejection=self._ways.ejection,
                 load_interval_s=self._ways.load_interval_s,
+                misplaced=functools.partial(selectors.misplaced, self.hardware, self.config.select),
             )
             for address in wanted
             if address not in present
@@ -197,12 +203,15 @@ class Fleet:
     """
 
     def __init__(self, config: GatewayConfig, ways: Ways | None = None) -> None:
-        self._config = config
+        self.configured = 1  # times that a configuration came into use
         self._ways = ways or Ways()
         self.on_change: Callable[[], None] = lambda: None
         self.pools = [Pool(pool, self._ways, on_change=self._changed) for pool in config.pools]
         self._turns = 0
-        self._tiers: dict[tuple[str, Preference], Tiers] = {}
+        self._generation = 0  # changes of endpoints so far
+        self._placing = self._place_by(config)
+        self.homes = OperationsHome(self._endpoints_of)
+        self._retiring: set[asyncio.Task[None]] = set()
         self._change = asyncio.Event()
 
     @contextlib.asynccontextmanager
@@ -214,6 +223,9 @@ class Fleet:
             async with contextlib.nullcontext() if tls is None else tls.followed(self._renew):
                 yield
         finally:
+            for task in self._retiring:
+                task.cancel()
+            await asyncio.gather(*self._retiring, return_exceptions=True)
             await asyncio.gather(*(pool.stop() for pool in self.pools))
 
     def _renew(self) -> None:
@@ -221,40 +233,69 @@ class Fleet:
             for endpoint in pool.endpoints:
                 endpoint.renew()
 
+    async def apply(self, config: GatewayConfig) -> None:
+        """Use this configuration from now on. Raises ConfigError, and changes nothing then.
+
+        Pools that stay as they are keep their connections. Others are made first, given a moment to become ready, and
+        take over then; those that they replace finish their calls.
+        """
+        pools = [
+            next((pool for pool in self.pools if pool.config == wanted), None)
+            or Pool(wanted, self._ways, on_change=self._changed)
+            for wanted in config.pools
+        ]
+        joining = [pool for pool in pools if pool not in self.pools]
+        leaving = [pool for pool in self.pools if pool not in pools]
+        try:
+            await asyncio.gather(*(pool.start() for pool in joining))
+            poorer = {pool.service for pool in leaving}
+            await self._wait_ready([pool for pool in joining if pool.service in poorer])
+        except BaseException:
+            await asyncio.gather(*(pool.stop() for pool in joining))
+            raise
+        self.pools = pools
+        self.configured += 1
+        self._placing = self._place_by(config)
+        for pool in leaving:
+            task = asyncio.create_task(_retire(pool), name=f"retire {pool.name}")
+            self._retiring.add(task)
+            task.add_done_callback(self._retiring.discard)
+        self._changed()
+
+    async def _wait_ready(self, pools: Sequence[Pool]) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._ways.options.connect_timeout_s):
+                while not all(pool.count(State.READY) for pool in pools):
+                    await self.wait_change()
+
+    def _place_by(self, config: GatewayConfig) -> Placing:
+        return Placing(config, self.pools, generation=lambda: self._generation)
+
+    def _endpoints_of(self, service: str) -> list[Endpoint]:
+        return [endpoint for pool in self.pools if pool.service == service for endpoint in pool.endpoints]
+
     def ready(self, service: str | None = None) -> bool:
         """Whether some endpoint (of that service) can be given calls."""
         return any(pool.count(State.READY) for pool in self.pools if service in (None, pool.service))
 
-    def tiers(self, service: str, preference: Preference) -> Tiers:
-        """The pools that may serve a call, in tiers of the same hardware label, best first.
+    def tiers(self, asked: Asked, preference: Preference, *, home: str | None = None) -> Tiers:
+        """As `Placing.tiers`, by the configuration in use."""
+        return self._placing.tiers(asked, preference, home=home)
 
-        Raises Fault: NOT_FOUND if the service has no pool, FAILED_PRECONDITION if only labels without a pool may serve.
+    def reads_streams(self, service: str) -> bool:
+        """As `Placing.reads_streams`."""
+        return self._placing.reads_streams(service)
+
+    def cannot(self, endpoint: Endpoint, asked: Asked, error: grpc.aio.AioRpcError) -> bool:
+        """Whether the endpoint has refused the call for what it is, so that another may well do it.
+
+        That a model is too large for it is remembered until it next reports something new of itself.
         """
-        key = (service, preference)
-        found = self._tiers.get(key)
-        if found is None:
-            found = self._make_tiers(service, preference)
-            if len(self._tiers) < 1024:  # callers choose preferences, so their number is bounded here
-                self._tiers[key] = found
-        return found
-
-    def _make_tiers(self, service: str, preference: Preference) -> Tiers:
-        pools = [pool for pool in self.pools if pool.service == service]
-        if not pools:
-            raise faults.not_found("pool", service, sorted({pool.service for pool in self.pools}), field="service")
-        default = dict.fromkeys([*self._config.defaults.get(service, ()), *(pool.hardware for pool in pools)])
-        order = preference.order(default)
-        tiers = tuple(tier for label in order if (tier := tuple(pool for pool in pools if pool.hardware == label)))
-        if not tiers:
-            here = ", ".join(dict.fromkeys(pool.hardware for pool in pools))
-            raise faults.failed_precondition(
-                "HARDWARE_NOT_AVAILABLE",
-                f"metadata.inkwell-hardware asks for nothing but {', '.join(preference.labels)}, and no pool of "
-                f"{service} has that; here are: {here}",
-                service=service,
-                available=here,
-            )
-        return tiers
+        reason = retry.lacks(error)
+        if reason == retry.MODEL_TOO_LARGE and asked.model and asked.model not in endpoint.too_large:
+            endpoint.too_large.add(asked.model)
+            self._changed()
+        return bool(reason)
 
     def choose(self, tiers: Tiers, tried: Collection[Endpoint] = ()) -> Endpoint | None:
         """As `balance.choose`, now."""
@@ -274,12 +315,21 @@ class Fleet:
         await self._change.wait()
 
     def _changed(self) -> None:
+        self._generation += 1
         waited, self._change = self._change, asyncio.Event()
         waited.set()
         self.on_change()
 
 
-def none_ready(tiers: Sequence[Sequence[Pool]]) -> faults.Fault:
+async def _retire(pool: Pool) -> None:
+    log.info("pool leaves", pool=pool.name)
+    try:
+        await asyncio.gather(*(endpoint.drained() for endpoint in pool.endpoints))
+    finally:
+        await pool.stop()
+
+
+def none_ready(tiers: Sequence[Sequence[PoolLike]]) -> faults.Fault:
     """The fault of a call whose pools have no ready endpoint."""
     described = "; ".join(pool.describe() for tier in tiers for pool in tier)
     return faults.unavailable(

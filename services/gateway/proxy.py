@@ -8,7 +8,7 @@ import grpc
 from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 
-from services.gateway import metadata, methods
+from services.gateway import asked, metadata, methods
 from services.gateway.feed import RequestFeed
 from services.gateway.methods import FULL_NAMES, SHARED_NAMES, Method
 from services.gateway.routed import RoutedCall, Routing
@@ -50,13 +50,16 @@ def _handler(routing: Routing, method: Method) -> grpc.RpcMethodHandler:
                 return Unary(stub, request, timeout, passed)
             return stub(request, timeout=timeout, metadata=passed)
 
-        about = methods.addressed(method, request)
+        about = asked.read(method, request)
         routing.access.check_models(method, request)
         with RoutedCall(routing, about, context) as call:
             return await _attempts(call, opened, relay)
 
     async def many_requests(requests: AsyncIterator[bytes], context: grpc.aio.ServicerContext) -> bytes | None:
+        about = asked.Asked(method)
         requests = routing.access.checked(method, requests)
+        if asked.names_model(method) and routing.fleet.reads_streams(method.service):
+            about, requests = await asked.read_first(method, requests)
         feed = RequestFeed(requests, keep_bytes=routing.settings.replay_bytes)
 
         def opened(stub: Any, timeout: float | None, passed: metadata.Metadata) -> Any:
@@ -66,7 +69,7 @@ def _handler(routing: Routing, method: Method) -> grpc.RpcMethodHandler:
 
         if not method.known:
             label_method(f"/{method.label}")
-        with RoutedCall(routing, method, context) as call:
+        with RoutedCall(routing, about, context) as call:
             call.feed = feed
             try:
                 return await _attempts(call, opened, relay)
@@ -90,7 +93,7 @@ def _handler(routing: Routing, method: Method) -> grpc.RpcMethodHandler:
 async def _attempts(
     call: RoutedCall, opened: _Open, relay: Callable[[RoutedCall, Any], Awaitable[bytes | None]]
 ) -> bytes | None:
-    endpoint = call.first()
+    endpoint = await call.first()
     while True:
         timeout = call.begin(endpoint)
         upstream: Any = None
@@ -112,6 +115,7 @@ async def _attempts(
 
 async def _relay_one(call: RoutedCall, upstream: Any) -> bytes:
     response: bytes = await upstream
+    call.learn(response)
     await call.send_header(await upstream.initial_metadata())
     call.context.set_trailing_metadata(call.trailers(await upstream.trailing_metadata()))
     return response

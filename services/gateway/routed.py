@@ -10,12 +10,13 @@ import structlog
 
 from services.gateway import metadata, preference, retry
 from services.gateway.access import Access
+from services.gateway.asked import Asked, begun
 from services.gateway.endpoint import Endpoint
 from services.gateway.feed import RequestFeed
-from services.gateway.methods import Method
 from services.gateway.metrics import NO_POOL, GatewayMetrics
-from services.gateway.pools import Fleet, Tiers, none_ready
+from services.gateway.pools import Fleet, none_ready
 from services.gateway.settings import Settings
+from services.gateway.tiers import Tiers
 from services.kit import faults
 from services.kit.boundary import REQUEST_ID_KEY
 from services.kit.call import time_left
@@ -38,8 +39,9 @@ class Routing:
 class RoutedCall:
     """Used as `with RoutedCall(...) as call`, which counts the call when it is left."""
 
-    def __init__(self, routing: Routing, method: Method, context: grpc.aio.ServicerContext) -> None:
-        self.method = method
+    def __init__(self, routing: Routing, asked: Asked, context: grpc.aio.ServicerContext) -> None:
+        self.asked = asked
+        self.method = asked.method
         self.context = context
         self.metadata: metadata.Metadata = ()
         self.attempts = 0
@@ -51,6 +53,9 @@ class RoutedCall:
         self._metrics = routing.metrics
         self._access = routing.access
         self._tiers: Tiers = ()
+        self._wanted = preference.NO_PREFERENCE
+        self._configured = 0  # of which configuration the tiers are
+        self._home: str | None = None  # store of the operation that the call is about
         self._endpoint: Endpoint | None = None
         self._under_way = False  # an attempt is
         self._tried: list[Endpoint] = []
@@ -77,7 +82,7 @@ class RoutedCall:
         pool = self._endpoint.pool if self._endpoint is not None else NO_POOL
         self._metrics.ended(pool, self.method.label, self.code.name)
 
-    def first(self) -> Endpoint:
+    async def first(self) -> Endpoint:
         """Read what the caller wants and choose an endpoint; raises Fault if the call cannot be sent anywhere."""
         received = self.context.invocation_metadata() or ()
         passed = metadata.to_upstream(pair for pair in received if pair[0] != REQUEST_ID_KEY)
@@ -88,12 +93,21 @@ class RoutedCall:
         left = time_left(self.context)
         if left is not None:
             self._deadline = asyncio.get_running_loop().time() + left
-        tiers = self._fleet.tiers(self.method.service, preference.from_metadata(received))
-        self._tiers = self._access.narrowed(tiers, lambda pool: pool.name)
-        endpoint = self._fleet.choose(self._tiers)
+        self._wanted = preference.from_metadata(received)
+        if self.asked.operation:
+            self._home = await self._fleet.homes.find(self.asked, metadata=self.metadata, time_left_s=left)
+        endpoint = self._fleet.choose(self._find())
         if endpoint is None:
             raise none_ready(self._tiers)
         return endpoint
+
+    def _find(self) -> Tiers:
+        # Once, and again when the configuration changes: each asking is a turn in the shares of a canary.
+        if not self._tiers or self._configured != self._fleet.configured:
+            self._configured = self._fleet.configured
+            tiers = self._fleet.tiers(self.asked, self._wanted, home=self._home)
+            self._tiers = self._access.narrowed(tiers, lambda pool: pool.name)
+        return self._tiers
 
     def _excuses_silence(self) -> bool:
         # An endpoint may be waiting for the caller's requests, or for an operation to end.
@@ -134,17 +148,23 @@ class RoutedCall:
         self._under_way = False
         failed.failed(error, silence_is_fine=self._excuses_silence())
         trailing = error.trailing_metadata() or ()
-        if error.code() is not grpc.StatusCode.UNAVAILABLE:
-            return None
         if self.answered or self.attempts >= self._settings.max_attempts:
             return None
         if self.feed is not None and not self.feed.repeatable:
+            return None
+        if self._fleet.cannot(failed, self.asked, error):
+            self._tried.append(failed)
+            endpoint = self._fleet.choose(self._find(), self._tried)
+            if endpoint is not None:
+                self._metrics.retried(failed.pool, "cannot")
+            return endpoint
+        if error.code() is not grpc.StatusCode.UNAVAILABLE:
             return None
         asked = retry.wish(trailing)
         if not asked.allowed:
             return None
         self._tried.append(failed)
-        endpoint = self._fleet.choose(self._tiers, self._tried)
+        endpoint = self._fleet.choose(self._find(), self._tried)
         reason = "elsewhere"
         if endpoint is None:
             reason = "waited"
@@ -167,7 +187,8 @@ class RoutedCall:
         try:
             async with asyncio.timeout_at(end):
                 while endpoint is None:
-                    endpoint = self._fleet.choose(self._tiers, (failed,)) or self._fleet.choose(self._tiers)
+                    tiers = self._find()
+                    endpoint = self._fleet.choose(tiers, (failed,)) or self._fleet.choose(tiers)
                     if endpoint is None:
                         await self._fleet.wait_change()
         except TimeoutError:
@@ -180,6 +201,11 @@ class RoutedCall:
         if self._endpoint is not None:
             self._endpoint.answered(received)
         return metadata.trailers(received)
+
+    def learn(self, response: bytes) -> None:
+        """Note where the operation lives that this call began."""
+        if self.asked.begins and self._endpoint is not None:
+            self._fleet.homes.learn(begun(response), self._endpoint)
 
     async def send_header(self, received: metadata.Metadata) -> None:
         """Send the caller the endpoint's initial metadata and who serves it."""

@@ -10,10 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.gateway import config, preference
+from services.gateway.asked import Asked
 from services.gateway.ejection import EjectionRules, Record
 from services.gateway.endpoint import State
+from services.gateway.methods import METHODS
 from services.gateway.pools import Fleet, none_ready
 from services.kit.faults import Fault, Kind
+
+RECOGNIZE = Asked(METHODS["/inkwell.ocr.v1.OcrService/Recognize"])
 
 
 @dataclass(eq=False)
@@ -42,7 +46,7 @@ def fleet_of(*labels: str, service: str = "ocr", defaults: list[str] | None = No
 
 def order(fleet: Fleet, wanted: str | None) -> list[str]:
     asked = preference.NO_PREFERENCE if wanted is None else preference.parse(wanted)
-    return [pool.hardware for tier in fleet.tiers("ocr", asked) for pool in tier]
+    return [pool.hardware for tier in fleet.tiers(RECOGNIZE, asked) for pool in tier]
 
 
 @pytest.mark.parametrize(
@@ -71,7 +75,7 @@ def test_strictly_wanted_hardware_that_no_pool_has_names_what_there_is() -> None
 
 def test_a_service_without_pools_is_not_found() -> None:
     with pytest.raises(Fault) as refused:
-        fleet_of("cpu", service="diffusion").tiers("ocr", preference.NO_PREFERENCE)
+        fleet_of("cpu", service="diffusion").tiers(RECOGNIZE, preference.NO_PREFERENCE)
     assert refused.value.data.kind is Kind.NOT_FOUND
     assert "diffusion" in refused.value.data.message
 
@@ -79,7 +83,7 @@ def test_a_service_without_pools_is_not_found() -> None:
 def test_nothing_ready_says_how_the_pools_stand_and_when_to_come_back() -> None:
     fleet = fleet_of("cpu", "cuda")
     fill(fleet, [[State.UNREACHABLE, State.UNREACHABLE], [State.NOT_READY]])
-    tiers = fleet.tiers("ocr", preference.NO_PREFERENCE)
+    tiers = fleet.tiers(RECOGNIZE, preference.NO_PREFERENCE)
     assert fleet.choose(tiers) is None
     fault = none_ready(tiers)
     assert "p0 (2 unreachable); p1 (1 not_ready)" in fault.data.message
@@ -106,7 +110,7 @@ def test_the_best_tier_with_a_ready_untried_endpoint_gives_its_least_loaded(
     fleet = fleet_of("cuda", "rocm", "cpu")
     made = fill(fleet, states, loads)
     tried = data.draw(st.lists(st.sampled_from(made), max_size=3)) if made else []
-    chosen: Any = fleet.choose(fleet.tiers("ocr", preference.NO_PREFERENCE), tried)
+    chosen: Any = fleet.choose(fleet.tiers(RECOGNIZE, preference.NO_PREFERENCE), tried)
     able = [e for e in made if e.state is State.READY and e not in tried]
     if not able:
         assert chosen is None
@@ -120,7 +124,7 @@ def test_the_best_tier_with_a_ready_untried_endpoint_gives_its_least_loaded(
 def test_idle_endpoints_take_turns(count: int, calls: int) -> None:
     fleet = fleet_of("cpu")
     made = fill(fleet, [[State.READY] * count])
-    tiers = fleet.tiers("ocr", preference.NO_PREFERENCE)
+    tiers = fleet.tiers(RECOGNIZE, preference.NO_PREFERENCE)
     taken = {id(e): 0 for e in made}
     for _ in range(calls):
         chosen: Any = fleet.choose(tiers)

@@ -11,9 +11,10 @@ from services.kit.settings import ServiceSettings
 PAGE = (Path(__file__).parents[3] / "docs" / "gateway.md").read_text(encoding="utf-8")
 
 
-def test_the_example_is_a_valid_configuration() -> None:
-    (example,) = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)
-    assert [pool.name for pool in config.parse(example).pools] == ["ocr-cuda", "ocr-cpu", "diffusion-cuda"]
+def test_the_examples_are_valid_configurations() -> None:
+    pools, routes, *_ = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)
+    assert [pool.name for pool in config.parse(pools).pools] == ["ocr-cuda", "ocr-cpu", "diffusion-cuda"]
+    assert len(config.parse(routes).routes) == 2
 
 
 def test_every_setting_stands_with_its_default() -> None:
