@@ -104,7 +104,6 @@ class EngineHost:
         self.ready = False
         self.on_ready_change: Callable[[bool], None] = lambda ready: None
         self.on_info_change: Callable[[], None] = lambda: None  # what the engine says of itself, or whether it serves
-        self.on_info_change: Callable[[], None] = lambda: None  # what the engine says of itself, or whether it serves
         self._ready_event = asyncio.Event()
         self._gave_up = asyncio.Event()
         metrics.queue_depth.set_function(lambda: self.admission.waiting_count)
@@ -265,7 +264,6 @@ class EngineHost:
             self._ready_event.clear()
         self.on_ready_change(ready)
         self.on_info_change()
-        self.on_info_change()
 
     async def _supervise(self) -> None:
         backoff_s = _BACKOFF_FIRST_S
@@ -366,7 +364,6 @@ class EngineHost:
                     self._pump()
                 case Described(info):
                     self.info = Raw(bytes(info))
-                    self.on_info_change()
                     self.on_info_change()
                 case Heartbeat(step_seconds):
                     if step_seconds > self._settings.engine_stall_s:
