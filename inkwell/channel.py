@@ -52,9 +52,11 @@ that they kept, and nothing is computed twice."""
 
 Metadata = tuple[tuple[str, str], ...]
 
-# Only UNAVAILABLE: the servers answer it when nothing was done yet. gRPC adds jitter of ±20 % to every backoff, obeys
-# `grpc-retry-pushback-ms`, and retries only while no answer has begun. Throttling stops retries when more than half
-# of the recent calls failed, so that a fleet in trouble is not buried.
+# UNAVAILABLE: the servers answer it when nothing was done yet. CANCELLED: what gRPC itself makes of a call that meets
+# its server's shutdown; a caller that cancels is not retried. gRPC adds jitter of ±20 % to every backoff, obeys
+# `grpc-retry-pushback-ms`, and retries only while no answer has begun. Throttling stops retries once a hundred tokens,
+# of which a failure takes one and a call that went well gives back a tenth, are down to a half: all calls that one
+# server took with it can be retried at once, yet a fleet in trouble is not buried.
 SERVICE_CONFIG: dict[str, Any] = {
     "methodConfig": [
         {
@@ -64,11 +66,11 @@ SERVICE_CONFIG: dict[str, Any] = {
                 "initialBackoff": "0.2s",
                 "maxBackoff": "3s",
                 "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE"],
+                "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
             },
         }
     ],
-    "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.1},
+    "retryThrottling": {"maxTokens": 100, "tokenRatio": 0.1},
 }
 
 

@@ -22,6 +22,7 @@ class RetryWish:
 MODEL_TOO_LARGE = "MODEL_TOO_LARGE"
 # Reasons of our services that say something of the machine, not of the request.
 _LACKING = frozenset((MODEL_TOO_LARGE, "HARDWARE_MISSING", "TENSORRT_NOT_HERE", "PRECISION_NOT_SUPPORTED"))
+_RESET = "CANCELLED"  # what gRPC says of a stream that was reset with that code
 _NOTHING_SAID = RetryWish(allowed=True, delay_s=None)
 
 
@@ -51,6 +52,17 @@ def wish(trailing: Iterable[Pair]) -> RetryWish:
         # Details are the endpoint's own business; it is only their retry delay that we cannot read.
         return _NOTHING_SAID
     return _NOTHING_SAID
+
+
+def is_lost(error: grpc.aio.AioRpcError) -> bool:
+    """Whether nothing will come of the attempt, and another may be made.
+
+    CANCELLED without a word of explanation comes from no handler: so gRPC ends a call that meets the shutdown of the
+    server it is sent to, whose stream is reset. That its own caller left is not told by an error.
+    """
+    if error.code() is grpc.StatusCode.CANCELLED:
+        return not error.trailing_metadata() and error.details() == _RESET
+    return error.code() is grpc.StatusCode.UNAVAILABLE
 
 
 def asks_to_wait(trailing: Iterable[Pair]) -> bool:

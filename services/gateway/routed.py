@@ -158,7 +158,7 @@ class RoutedCall:
             if endpoint is not None:
                 self._metrics.retried(failed.pool, "cannot")
             return endpoint
-        if error.code() is not grpc.StatusCode.UNAVAILABLE:
+        if not retry.is_lost(error):
             return None
         asked = retry.wish(trailing)
         if not asked.allowed:
