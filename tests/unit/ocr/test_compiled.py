@@ -93,7 +93,10 @@ def test_the_model_says_what_it_runs_on(engine: OcrEngine, trial: Trial) -> None
     (info,), (torch_info,) = engine.info().models, trial.torch.info().models
     assert info.runtime in TARGETS
     assert trial.compiled.store.get(info.artifact).manifest.runtime == info.runtime
-    same = msgspec.structs.replace(info, runtime="torch", artifact="", weight_bytes=torch_info.weight_bytes)
+    assert info.version != torch_info.version
+    same = msgspec.structs.replace(
+        info, runtime="torch", artifact="", version=torch_info.version, weight_bytes=torch_info.weight_bytes
+    )
     # Default decoding, calibration, languages, embeddings: all as on torch.
     assert same == torch_info
 
