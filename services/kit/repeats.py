@@ -79,11 +79,12 @@ class _Context:
 class _SharedCall:
     """One run of a handler, in a task of its own, and everything it said."""
 
-    def __init__(self, shelf: Shelf["_SharedCall"]) -> None:
+    def __init__(self, shelf: Shelf["_SharedCall"], *, unary: bool) -> None:
         self._shelf = shelf
         self._messages: list[Any] = []
         self._dropped = 0  # messages that no listener needs any more, of a call that is not kept
-        self._wanted = 1  # messages that some listener asked for
+        # Messages that some listener asked for. One reply is not waited for a second one.
+        self._wanted = 2 if unary else 1
         self._asked = asyncio.Event()
         self._news = asyncio.Event()
         self._listeners: set[_Listener] = set()
@@ -232,7 +233,9 @@ class Repeats(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
         async def to_stream(request: Message, context: grpc.aio.ServicerContext) -> AsyncGenerator[Any, None]:
             request_id = _request_id(ids)
-            call = self._call(request_id, await _digest(method, request), behaviour, request, context)
+            digest = await _digest(method, request)
+            unary = not handler.response_streaming
+            call = self._call(request_id, digest, behaviour, request, context, unary=unary)
             async with contextlib.aclosing(call.messages(context)) as messages:
                 async for message in messages:
                     yield message
@@ -249,7 +252,14 @@ class Repeats(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return grpc.unary_unary_rpc_method_handler(to_one, handler.request_deserializer, handler.response_serializer)
 
     def _call(
-        self, request_id: str, digest: bytes, behaviour: Any, request: Message, context: grpc.aio.ServicerContext
+        self,
+        request_id: str,
+        digest: bytes,
+        behaviour: Any,
+        request: Message,
+        context: grpc.aio.ServicerContext,
+        *,
+        unary: bool,
     ) -> _SharedCall:
         caller = current_caller.get()
         # Nothing is awaited in here, so that of two attempts at once only one finds no call.
@@ -261,7 +271,7 @@ class Repeats(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         if entry is not None:
             self._repeated.labels("answered" if entry.call.ended else "joined").inc()
             return entry.call
-        call = _SharedCall(self.shelf)
+        call = _SharedCall(self.shelf, unary=unary)
         shared = _Context(context, call)
         call.start(self.shelf.put(caller, request_id, digest, call), lambda: behaviour(request, shared))
         return call

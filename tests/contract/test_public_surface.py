@@ -30,7 +30,7 @@ PAINTING = [
     "batch_count", "media_type", "quality", "prompt_syntax", "styles", "wildcard_seed", "image", "strength", "inpaint",
     "outpaint", "controls", "image_prompts", "loras", "hires", "refiner", "sampling", "guidance_rescale",
     "perturbed_attention", "freeu", "clip_skip", "variation", "vae", "previews", "preview_interval", "preview_method",
-    "preview_max_side_px",
+    "preview_max_side_px", "progress_interval_ms",
 ]  # fmt: skip
 
 # Method → (positional parameters, keyword-only parameters).

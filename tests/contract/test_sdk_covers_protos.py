@@ -138,7 +138,7 @@ def test_every_request_field_can_be_given() -> None:
     plain = fields_of(ocr_pb2.ReadDocumentRequest) - line - {"content", "media_type"}
     assert names_of(DocumentOptions) == {"read"} | {renamed.get(name, name) for name in plain}
     embedding = set(inspect.signature(inkwell.Client.embed).parameters)
-    assert embedding == fields_of(ocr_pb2.EmbedRequest) | {"self", "timeout_s"}
+    assert embedding == fields_of(ocr_pb2.EmbedRequest) | {"self", "timeout_s", "request_id"}
     load = set(inspect.signature(inkwell.Client.load_model_stream).parameters)
     assert load == fields_of(ocr_pb2.LoadModelRequest) | {"self", "service", "timeout_s"}
     assert load >= fields_of(diffusion_pb2.LoadModelRequest)
