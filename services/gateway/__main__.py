@@ -24,6 +24,7 @@ from services.gateway.kubernetes import api_server
 from services.gateway.member import Member
 from services.gateway.methods import FULL_NAMES, SHARED_NAMES
 from services.gateway.metrics import GatewayMetrics
+from services.gateway.overload import Overload
 from services.gateway.pools import Fleet, Ways
 from services.gateway.proxy import Proxy
 from services.gateway.reload import Reloading
@@ -80,8 +81,9 @@ def assemble(
             apply=fleet.apply,
             registry=metrics.registry,
         )
+    overload = Overload(fleet, settings, metrics.registry)
     access = Access(settings, metrics.registry)
-    routing = Routing(fleet, settings, GatewayMetrics(metrics.registry, fleet), access)
+    routing = Routing(fleet, settings, GatewayMetrics(metrics.registry, fleet), overload, access)
     own_name = gateway_pb2.DESCRIPTOR.services_by_name["GatewayService"].full_name
 
     def register(server: grpc.aio.Server) -> list[str]:
@@ -92,6 +94,7 @@ def assemble(
     @contextlib.asynccontextmanager
     async def lifespan(health: Health) -> AsyncIterator[None]:
         def changed() -> None:
+            overload.fleet_changed()
             ready = fleet.ready()
             metrics.ready.set(ready)
             names = {"": ready, READINESS: ready} | {full: fleet.ready(name) for name, full in FULL_NAMES.items()}

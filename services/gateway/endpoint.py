@@ -149,6 +149,11 @@ class Endpoint:
         self._idle.set()
 
     @property
+    def was_ready(self) -> bool:
+        """Whether it ever was, since this gateway knows it."""
+        return self._was_ready
+
+    @property
     def store(self) -> str:
         """Which store its operations are in: endpoints of the same answer know the same ones."""
         reported = self.report.operations_store if self.report is not None else ""

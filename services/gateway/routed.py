@@ -1,6 +1,7 @@
 """One call on its way through the gateway: where it may go, where it is, and whether it may be tried again."""
 
 import asyncio
+import time
 from dataclasses import dataclass
 from types import TracebackType
 from typing import NoReturn
@@ -9,17 +10,18 @@ import grpc
 import structlog
 
 from services.gateway import metadata, preference, retry
-from services.gateway.access import Access
+from services.gateway.access import Access, caller_of
 from services.gateway.asked import Asked, begun
 from services.gateway.endpoint import Endpoint
 from services.gateway.feed import RequestFeed
 from services.gateway.metrics import NO_POOL, GatewayMetrics
+from services.gateway.overload import Overload, Place
 from services.gateway.pools import Fleet, none_ready
 from services.gateway.settings import Settings
 from services.gateway.tiers import Tiers
 from services.kit import faults
 from services.kit.boundary import REQUEST_ID_KEY
-from services.kit.call import time_left
+from services.kit.call import priority_of, time_left
 from services.kit.errors import CODES
 from services.kit.faults import Fault
 
@@ -33,6 +35,7 @@ class Routing:
     fleet: Fleet
     settings: Settings
     metrics: GatewayMetrics
+    overload: Overload
     access: Access
 
 
@@ -51,7 +54,11 @@ class RoutedCall:
         self._fleet = routing.fleet
         self._settings = routing.settings
         self._metrics = routing.metrics
+        self._overload = routing.overload
         self._access = routing.access
+        self._place: Place | None = None
+        self._began = 0.0  # the attempt, of time.monotonic
+        self._writing_s = 0.0  # of it, what the caller took to take what it was sent
         self._tiers: Tiers = ()
         self._wanted = preference.NO_PREFERENCE
         self._configured = 0  # of which configuration the tiers are
@@ -81,9 +88,18 @@ class RoutedCall:
             self.code = grpc.StatusCode.INTERNAL
         pool = self._endpoint.pool if self._endpoint is not None else NO_POOL
         self._metrics.ended(pool, self.method.label, self.code.name)
+        if self._place is not None:
+            seconds: float | None = None
+            # How long a stream of requests takes is its caller's choice.
+            if error is None and self.feed is None:
+                seconds = time.monotonic() - self._began - self._writing_s
+            self._overload.leave(self._place, method=self.method.label, began=self._began, seconds=seconds)
 
     async def first(self) -> Endpoint:
-        """Read what the caller wants and choose an endpoint; raises Fault if the call cannot be sent anywhere."""
+        """Read what the caller wants, wait for its turn and choose an endpoint.
+
+        Raises Fault if the call cannot be sent anywhere, or there are too many.
+        """
         received = self.context.invocation_metadata() or ()
         passed = metadata.to_upstream(pair for pair in received if pair[0] != REQUEST_ID_KEY)
         # The boundary gave the call an id if the caller had none: with it, logs of both sides can be joined.
@@ -96,10 +112,20 @@ class RoutedCall:
         self._wanted = preference.from_metadata(received)
         if self.asked.operation:
             self._home = await self._fleet.homes.find(self.asked, metadata=self.metadata, time_left_s=left)
-        endpoint = self._fleet.choose(self._find())
-        if endpoint is None:
+        if self.method.operation_name is None:
+            self._place, endpoint = await self._overload.admit(
+                self._find,
+                caller=caller_of(self.context),
+                priority=priority_of(self.context),
+                ends_at=self._attempts_end(),
+                counted=not self.method.request_streaming,
+            )
+            return endpoint
+        # A call about an operation is no work, and is what people look with when there is too much of it.
+        chosen = self._fleet.choose(self._find())
+        if chosen is None:
             raise none_ready(self._tiers)
-        return endpoint
+        return chosen
 
     def _find(self) -> Tiers:
         # Once, and again when the configuration changes: each asking is a turn in the shares of a canary.
@@ -131,6 +157,9 @@ class RoutedCall:
                     f"{self._settings.deadline_margin_ms} ms for itself"
                 )
         self.attempts += 1
+        if self._place is not None:
+            self._overload.move(self._place, endpoint.pool)
+            self._began, self._writing_s = time.monotonic(), 0.0
         self._endpoint = endpoint
         self._under_way = True
         endpoint.begin(self._fleet.next_turn())
@@ -148,6 +177,8 @@ class RoutedCall:
         self._under_way = False
         failed.failed(error, silence_is_fine=self._excuses_silence())
         trailing = error.trailing_metadata() or ()
+        if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and retry.asks_to_wait(trailing):
+            self._overload.endpoint_full(failed.pool)
         if self.answered or self.attempts >= self._settings.max_attempts:
             return None
         if self.feed is not None and not self.feed.repeatable:
@@ -161,7 +192,7 @@ class RoutedCall:
         if not retry.is_lost(error):
             return None
         asked = retry.wish(trailing)
-        if not asked.allowed:
+        if not asked.allowed or not self._overload.may_retry(failed.pool):
             return None
         self._tried.append(failed)
         endpoint = self._fleet.choose(self._find(), self._tried)
@@ -178,8 +209,9 @@ class RoutedCall:
         loop = asyncio.get_running_loop()
         began = loop.time()
         end = began + self._wait_left_s
-        if self._deadline is not None:
-            end = min(end, self._deadline - self._settings.deadline_margin_ms / 1000)
+        attempts_end = self._attempts_end()
+        if attempts_end is not None:
+            end = min(end, attempts_end)
         if began + delay_s >= end:
             return None
         await asyncio.sleep(delay_s)
@@ -221,11 +253,13 @@ class RoutedCall:
 
     async def write(self, message: bytes) -> None:
         """Send the caller one message of a stream."""
+        began = time.monotonic()
         try:
             await self.context.write(message)
         except grpc.aio.InternalError:
             await self._until_cancelled()
             raise
+        self._writing_s += time.monotonic() - began
 
     async def _until_cancelled(self) -> None:
         # Sending fails when the caller is gone, and grpc.aio is about to cancel this handler for it. Wait for that, so

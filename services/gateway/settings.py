@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pydantic import Field, SecretStr, ValidationInfo, field_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from services.gateway.kubernetes import ACCOUNT
@@ -50,6 +50,23 @@ class Settings(ServiceSettings):
     )
     replay_bytes: int = Field(
         8 * MIB, ge=0, description="request-stream bytes kept for a retry; a stream that sent more is not retried"
+    )
+    retry_ratio: float = Field(0.2, ge=0, le=1, description="retries that each call of a pool earns it")
+    retry_reserve: int = Field(100, ge=1, description="most retries that a pool saves up; it begins with so many")
+    retry_refill_per_s: float = Field(1.0, ge=0, description="retries that a pool is given each second besides")
+    queue_limit: int = Field(256, ge=1, description="calls that may wait for a place in one pool")
+    queue_wait_s: float = Field(30.0, gt=0, description="longest wait for a place that a call is let in with")
+    queue_standing_s: float = Field(
+        1.0, gt=0, description="seconds after which a queue that does not empty is overload and no burst"
+    )
+    priority_ageing_s: float = Field(5.0, gt=0, description="seconds of waiting that lift a call by one priority")
+    limit_initial: int = Field(64, ge=1, description="calls that an endpoint is given at a time until more is known")
+    limit_least: int = Field(2, ge=1, description="fewest calls that the learned limit gives an endpoint at a time")
+    limit_most: int = Field(1000, ge=1, description="most calls that an endpoint is given at a time")
+    stream_limit: int = Field(1000, ge=1, description="calls with a stream of requests that one pool may have")
+    caller_limit: int = Field(1000, ge=1, description="calls that one caller may have, waiting ones included")
+    wake_wait_s: float = Field(
+        60.0, ge=0, description="seconds that a call waits for the first endpoint of a pool that has none; 0 refuses it"
     )
     resolve_interval_s: float = Field(2.0, gt=0, description="seconds between look-ups of a dns:/// target")
     load_interval_s: float = Field(1.0, ge=0.1, le=60, description="seconds between an endpoint's reports of its load")
@@ -112,3 +129,12 @@ class Settings(ServiceSettings):
         if value not in ("", OFF) and not Path(value).is_dir():
             raise ValueError(f"{value!r} is neither a folder nor {OFF!r}")
         return value
+
+    @model_validator(mode="after")
+    def _ordered_limits(self) -> "Settings":
+        if not self.limit_least <= self.limit_initial <= self.limit_most:
+            raise ValueError(
+                f"limit_least {self.limit_least}, limit_initial {self.limit_initial} and limit_most {self.limit_most}"
+                " have to be in this order, least to most"
+            )
+        return self
