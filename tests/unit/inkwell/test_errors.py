@@ -19,6 +19,8 @@ FAULTS = [
     (faults.unavailable("LOADING", "the model loads", retry_after_ms=10), inkwell.Unavailable),
     (faults.failed_precondition("NO_HARDWARE", "no cuda here"), inkwell.FailedPrecondition),
     (faults.deadline_too_short("needs 4 s, has 1 s"), inkwell.DeadlineExceeded),
+    (faults.unauthenticated("NO_CREDENTIALS", "send a token"), inkwell.Unauthenticated),
+    (faults.permission_denied("METHOD_NOT_ALLOWED", "ann may not paint"), inkwell.PermissionDenied),
     (faults.internal("a defect"), inkwell.InternalError),
     (faults.Fault(faults.FaultData(faults.Kind.CANCELLED, "CANCELLED", "somebody cancelled it")), inkwell.Cancelled),
 ]
