@@ -39,9 +39,15 @@ test-triton: $(VENV)/.installed-dev  ## Run the tests that need NVIDIA's own tri
 	@mkdir -p $(dir $(TRITONSERVER)) && $(RUN) -m tests.support.nvidia_tritonserver $(TRITONSERVER)
 	@INKWELL_TRITONSERVER=$(TRITONSERVER) $(RUN) -m pytest tests/integration/test_tritonserver.py $(ARGS)
 
-soak: $(VENV)/.installed-dev  ## Kill a service with operations 50 times, at random moments
-	@echo "· killing a service with operations 50 times (two minutes)"
+soak: $(VENV)/.installed-dev  ## Break the services for 50 minutes and measure it (RUNS="kills overload mixed" for some)
+ifeq ($(RUNS),)
+	@echo "· killing services and operations at random moments (tests/faults)"
 	@INKWELL_KILLS=50 $(RUN) -m pytest tests/faults/test_operations_killed.py $(ARGS)
+	@INKWELL_KILLS=20 $(RUN) -m pytest tests/faults/test_kills.py $(ARGS)
+	@echo "· 50,000 requests that are almost right"
+	@INKWELL_MUTATIONS=3200 $(RUN) -m pytest -s -o timeout=3600 tests/faults/test_mutated.py $(ARGS)
+endif
+	@$(RUN) -m tests.soak $(RUNS)
 
 lint: $(VENV)/.installed-dev  ## Check style, types, imports between packages, and the protos
 	@echo "· ruff"; $(RUN) -m ruff check . && $(RUN) -m ruff format --check .
