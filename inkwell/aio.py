@@ -12,7 +12,7 @@ from inkwell.aio_compiling import AsyncCompiling
 from inkwell.aio_operation import AsyncOperation
 from inkwell.aio_reader import AsyncReader
 from inkwell.converters import inventory, paint
-from inkwell.converters.asking import attach, generate_request
+from inkwell.converters.asking import NOBODY_LOOKS_MS, attach, generate_request
 from inkwell.converters.inventory import Service
 from inkwell.diffusion.v1 import diffusion_pb2, diffusion_pb2_grpc
 from inkwell.errors import Unimplemented
@@ -40,6 +40,8 @@ class AsyncClient(AsyncReader, AsyncCompiling):
         **options: Unpack[types.PaintOptions],
     ) -> list[types.Picture]:
         """Paint pictures; see `Client.paint`."""
+        if on_event is None and options.get("progress_interval_ms") is None:
+            options["progress_interval_ms"] = NOBODY_LOOKS_MS
         result = await last(self.paint_stream(prompt, timeout_s=timeout_s, request_id=request_id, **options), on_event)
         assert isinstance(result, types.PaintResult)
         return list(result.pictures)

@@ -9,7 +9,7 @@ from inkwell import types
 from inkwell.calls import last
 from inkwell.compiling import Compiling
 from inkwell.converters import inventory, paint
-from inkwell.converters.asking import attach, generate_request
+from inkwell.converters.asking import NOBODY_LOOKS_MS, attach, generate_request
 from inkwell.converters.inventory import Service
 from inkwell.diffusion.v1 import diffusion_pb2
 from inkwell.errors import Unimplemented
@@ -42,6 +42,8 @@ class Client(Reader, Compiling):
         options: see `PaintOptions`, such as `seed=7`, `steps=30`, `image="photo.png"` or `loras=["fluent"]`.
         request_id: see `read`. on_event: called with every event as it comes, the result last.
         """
+        if on_event is None and options.get("progress_interval_ms") is None:
+            options["progress_interval_ms"] = NOBODY_LOOKS_MS
         result = last(self.paint_stream(prompt, timeout_s=timeout_s, request_id=request_id, **options), on_event)
         assert isinstance(result, types.PaintResult)
         return list(result.pictures)

@@ -191,6 +191,16 @@ class TestGenerate:
         (preview,) = (response.preview for response in small if response.HasField("preview"))
         assert Image.open(io.BytesIO(preview.images[0].content)).size == (16, 16)
 
+    async def test_progress_comes_as_seldom_as_asked_for(self, service: Service) -> None:
+        async def steps(**fields: Any) -> list[int]:
+            told = await events(service.stub.Generate(request(step_count=5, **fields)))
+            assert [response.sequence for response in told] == list(range(1, len(told) + 1))
+            return [response.progress.step for response in told if response.HasField("progress")]
+
+        assert await steps() == [1, 2, 3, 4, 5]
+        assert await steps(progress_interval_ms=0) == [1, 2, 3, 4, 5]
+        assert await steps(progress_interval_ms=3_600_000) == [1, 5]
+
     async def test_previews_are_few_when_nobody_says_how_often(self, service: Service) -> None:
         said = await events(service.stub.Generate(request(step_count=40)))
         assert sum(response.HasField("preview") for response in said) < 20
@@ -389,6 +399,8 @@ class TestBadInput:
             ({"output": pb.OutputOptions(media_type="image/jpeg", quality=0)}, "output.quality", "1 to 100"),
             ({"output": pb.OutputOptions(quality=80)}, "output.quality", "PNG has no quality"),
             ({"preview": pb.PreviewOptions(step_interval=0)}, "preview.step_interval", "1 or more"),
+            ({"progress_interval_ms": -1}, "progress_interval_ms", "0 to 3600000"),
+            ({"progress_interval_ms": 3_600_001}, "progress_interval_ms", "0 to 3600000"),
         ],
     )
     async def test_of_one_field(self, service: Service, fields: dict[str, Any], field: str, says: str) -> None:

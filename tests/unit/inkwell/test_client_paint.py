@@ -43,7 +43,7 @@ def test_warnings_reach_the_caller(client: inkwell.Client) -> None:
 
 
 def test_only_options_that_were_given_are_sent(client: inkwell.Client, server: InkwellServer) -> None:
-    client.paint("a cat")
+    list(client.paint_stream("a cat"))
     client.paint(
         "a cat", negative_prompt="n", model="m", width=8, height=16, steps=3, guidance_scale=0.0, scheduler="ddim",
         seed=0, image_count=1, media_type="image/webp", quality=80, previews=True,
@@ -88,6 +88,16 @@ def test_there_are_no_previews_unless_asked_for(client: inkwell.Client) -> None:
     client.paint("a cat", steps=3, on_event=seen.append)
     assert not any(isinstance(event, inkwell.Preview) for event in seen)
     assert sum(isinstance(event, inkwell.Progress) for event in seen) == 3
+
+
+def test_progress_that_nobody_looks_at_is_not_asked_for(client: inkwell.Client, server: InkwellServer) -> None:
+    client.paint("a cat", steps=3)
+    client.paint("a cat", steps=3, on_event=lambda event: None)
+    client.paint("a cat", steps=3, progress_interval_ms=40)
+    alone, watched, chosen = server.requests[-3:]
+    assert alone.progress_interval_ms == 3_600_000
+    assert not watched.HasField("progress_interval_ms")
+    assert chosen.progress_interval_ms == 40
 
 
 def test_closing_the_iterator_cancels_the_call_at_the_server(client: inkwell.Client, server: InkwellServer) -> None:

@@ -41,6 +41,7 @@ FULL: inkwell.PaintOptions = {
     "perturbed_attention": inkwell.PerturbedAttention(3.5, 0.5),
     "freeu": inkwell.FreeU(0.9, 0.2, 1.5, 1.6),
     "clip_skip": 0,
+    "progress_interval_ms": 250,
     "variation": inkwell.Variation(0, 0.25),
     "vae": inkwell.Vae("sharp", tiled=True, upcast=True),
     "previews": True,
@@ -57,7 +58,7 @@ def test_every_option_is_sent(client: inkwell.Client, server: InkwellServer) -> 
     expected = pb.GenerateRequest(
         prompt="a cat", negative_prompt="n", model="m", width=8, height=16, guidance_scale=0, scheduler="ddim", seed=0,
         image_count=1, batch_count=2, prompt_syntax=pb.PROMPT_SYNTAX_PLAIN, styles=["ink", "wash"], wildcard_seed=0,
-        strength=0.6, guidance_rescale=0, clip_skip=0,
+        strength=0.6, guidance_rescale=0, clip_skip=0, progress_interval_ms=250,
     )  # fmt: skip
     expected.output.media_type, expected.output.quality = "image/webp", 80
     expected.preview.CopyFrom(
