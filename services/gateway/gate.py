@@ -11,8 +11,9 @@ from services.gateway.limiter import AdaptiveLimit
 from services.kit import faults
 from services.kit.admission import Priority
 
-# Of a call's own time, how long a call may have to wait once a queue does not go away.
-STANDING_SHARE = 0.25
+# Of a call's own time, how long a call may have to wait in overload.
+OVERLOAD_SHARE = 0.25
+_MOST_OVERLOADING = 1000  # callers that are remembered to ask too much; with more, all do
 _RETRY_LEAST_S = 0.1
 _RETRY_MOST_S = 30.0
 _WEIGHT = 0.1  # of one call in the mean time that calls take
@@ -22,16 +23,18 @@ _WEIGHT = 0.1  # of one call in the mean time that calls take
 class Bounds:
     """What a gate lets wait.
 
-    queue_limit: calls that may wait. wait_s: the longest that a call is expected to wait. standing_s: when calls have
-    waited for so long without a break, there is more work than the pool can do and not just a burst; from then on only
-    those are let in that will wait for STANDING_SHARE of the time a call takes (the controlled delay of B. Maurer,
-    "Fail at Scale", ACM Queue 2015, with the check at the door, so that who is refused is refused at once).
-    ageing_s: see FairQueue. stream_limit: calls whose requests are a stream that may be under way.
+    queue_limit: calls that may wait. wait_s: the longest that a call is expected to wait. overload_ends_s: a caller
+    whose calls came to one of these bounds, or every caller if all together did, asks for more than there is. From
+    then on only those calls are let in that will wait for OVERLOAD_SHARE of the time a call takes, until no call has
+    waited for so many seconds. (As the controlled delay of B. Maurer, "Fail at Scale", ACM Queue 2015, but checked at
+    the door, so that who is refused is refused at once; and a queue that stays below its bounds is no overload: so
+    many callers that each wait for their answer make one, and want it.) ageing_s: see FairQueue. stream_limit: calls
+    whose requests are a stream that may be under way.
     """
 
     queue_limit: int = 256
     wait_s: float = 30.0
-    standing_s: float = 1.0
+    overload_ends_s: float = 1.0
     ageing_s: float = 5.0
     stream_limit: int = 1000
 
@@ -75,8 +78,9 @@ class Gate:
         self._queue = FairQueue(clock=clock, ageing_s=bounds.ageing_s)
         self._tickets: dict[int, Ticket] = {}  # those that wait, by number
         self._mean_s: float | None = None  # that a call takes, once inside
-        self._stood_since = 0.0
-        self._empty_since: float | None = float("-inf")
+        self._overloading: set[str] = set()  # callers
+        self._overloaded = False  # all are
+        self._empty_since: float | None = clock()  # since when no call waits; None while some do
 
     @property
     def limit(self) -> int:
@@ -128,7 +132,7 @@ class Gate:
         if self.has_room:
             return self._let_in(ticket, now)
         if not admitted:
-            self._check(caller, priority, time_left_s, now)
+            self._check(caller, priority, time_left_s)
         ticket.waiting = self._queue.enter(caller, priority)
         self._tickets[ticket.waiting.number] = ticket
         self._note(now)
@@ -188,11 +192,12 @@ class Gate:
             return 0.0
         return (self._queue.ahead_of(caller, priority) + 1) * self._mean_s / self.limit
 
-    def _check(self, caller: str, priority: Priority, time_left_s: float | None, now: float) -> None:
+    def _check(self, caller: str, priority: Priority, time_left_s: float | None) -> None:
         bounds = self._bounds
         waiting = len(self._queue)
         expected = self.expected_wait_s(caller, priority)
         if waiting >= bounds.queue_limit:
+            self._overloaded = True
             raise self._refused(
                 "QUEUE_FULL",
                 f"{waiting} calls wait for pool {self.pool} and the limit is {bounds.queue_limit}",
@@ -203,6 +208,7 @@ class Gate:
         # As many as there is room for others: however many callers fill the queue, a new one finds a place (the
         # dynamic thresholds of Choudhury and Hahne, 1998).
         if own and own >= bounds.queue_limit - waiting:
+            self._asks_too_much(caller)
             raise self._refused(
                 "CALLER_QUEUE_FULL",
                 f"{own} calls of this caller wait for pool {self.pool}, and one caller may have no more than there are"
@@ -218,15 +224,16 @@ class Gate:
                 expected_ms=f"{expected * 1000:.0f}",
             )
         longest = bounds.wait_s
-        standing = waiting > 0 and now - self._stood_since >= bounds.standing_s
-        if standing and self._mean_s is not None:
-            longest = min(longest, STANDING_SHARE * self._mean_s)
+        overload = self._overloaded or caller in self._overloading
+        if overload and self._mean_s is not None:
+            longest = min(longest, OVERLOAD_SHARE * self._mean_s)
         # Whoever would be next is let wait in any case, so that there is one when a place becomes free.
         if expected > longest and self._queue.ahead_of(caller, priority):
+            self._asks_too_much(caller)
             raise self._refused(
                 "WAIT_TOO_LONG",
                 f"a call would wait about {expected * 1000:.0f} ms for pool {self.pool} and the limit is"
-                f" {longest * 1000:.0f} ms" + (" while there are more calls than it can serve" if standing else ""),
+                f" {longest * 1000:.0f} ms" + (" while there are more calls than it can serve" if overload else ""),
                 expected,
                 limit_ms=f"{longest * 1000:.0f}",
             )
@@ -247,14 +254,21 @@ class Gate:
         return ticket
 
     def _note(self, now: float) -> None:
-        # Since when calls wait; a break shorter than standing_s is none.
+        # A break shorter than overload_ends_s is none.
         if not self._tickets:
             if self._empty_since is None:
                 self._empty_since = now
         elif self._empty_since is not None:
-            if now - self._empty_since >= self._bounds.standing_s:
-                self._stood_since = now
+            if now - self._empty_since >= self._bounds.overload_ends_s:
+                self._overloaded = False
+                self._overloading.clear()
             self._empty_since = None
+
+    def _asks_too_much(self, caller: str) -> None:
+        self._overloading.add(caller)
+        if len(self._overloading) > _MOST_OVERLOADING:
+            self._overloading.clear()
+            self._overloaded = True
 
 
 class CallerBound:

@@ -76,7 +76,7 @@ class Overload:
         self._bounds = Bounds(
             queue_limit=settings.queue_limit,
             wait_s=settings.queue_wait_s,
-            standing_s=settings.queue_standing_s,
+            overload_ends_s=settings.overload_ends_s,
             ageing_s=settings.priority_ageing_s,
             stream_limit=settings.stream_limit,
         )

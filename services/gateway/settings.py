@@ -56,8 +56,8 @@ class Settings(ServiceSettings):
     retry_refill_per_s: float = Field(1.0, ge=0, description="retries that a pool is given each second besides")
     queue_limit: int = Field(256, ge=1, description="calls that may wait for a place in one pool")
     queue_wait_s: float = Field(30.0, gt=0, description="longest wait for a place that a call is let in with")
-    queue_standing_s: float = Field(
-        1.0, gt=0, description="seconds after which a queue that does not empty is overload and no burst"
+    overload_ends_s: float = Field(
+        1.0, ge=0, description="seconds without a waiting call after which a pool's overload is over"
     )
     priority_ageing_s: float = Field(5.0, gt=0, description="seconds of waiting that lift a call by one priority")
     limit_initial: int = Field(64, ge=1, description="calls that an endpoint is given at a time until more is known")

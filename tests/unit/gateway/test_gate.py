@@ -101,35 +101,68 @@ def test_a_deadline_shorter_than_the_wait_is_refused_at_the_door() -> None:
     assert enter(gate, time_left_s=4.1).waiting is not None
 
 
-def test_a_burst_may_wait_but_a_queue_that_stays_may_not() -> None:
+def test_callers_that_wait_for_their_answers_are_all_served_however_long_they_go_on() -> None:
     clock = Clock()
-    gate = make(clock, limit=10, standing_s=1.0)
+    gate = make(clock, limit=4)
+    teach(gate, clock, 0.1)
+    inside = [ticket for _ in range(40) if (ticket := enter(gate)).inside]
+    for _ in range(1000):
+        clock.now += 0.025
+        gate.leave(inside.pop(0), completed=True)
+        granted = gate.grant_next()
+        assert granted is not None
+        inside.append(granted)
+        enter(gate)  # whoever has an answer asks again
+    assert gate.waiting == 36
+
+
+def test_who_came_to_a_bound_is_let_in_to_short_waits_only_until_the_queue_is_gone() -> None:
+    clock = Clock()
+    gate = make(clock, limit=10, queue_limit=40, overload_ends_s=1.0)
     teach(gate, clock, 0.1)
     inside = [enter(gate) for _ in range(10)]
-    for _ in range(30):
-        enter(gate)  # 300 ms of work, all at once
-    clock.now += 1.0
+    for _ in range(20):
+        enter(gate)  # half of the queue: what one caller may have
+    assert refused(gate).reason == "CALLER_QUEUE_FULL"
+    for _ in range(17):
+        gate.leave(inside.pop(0))
+        granted = gate.grant_next()
+        assert granted is not None
+        inside.append(granted)
+    # Three wait, and as many may of one who asks for no more than there is.
     data = refused(gate)
     assert data.reason == "WAIT_TOO_LONG"
-    assert "25 ms while there are more calls than it can serve" in data.message
-    assert data.retry_after_ms == 310
-    # A caller that takes its turn between the others' waits only for one.
+    assert "40 ms for pool ocr and the limit is 25 ms while there are more calls than it can serve" in data.message
     assert enter(gate, "b").waiting is not None
-    # While the queue comes to nothing only for moments, it still stands.
-    for ticket in inside:
-        gate.leave(ticket)
-    while (granted := gate.grant_next()) is not None:
-        gate.leave(granted)
+    assert enter(gate, "b").waiting is not None
+
+    def empty() -> None:
+        while inside:
+            gate.leave(inside.pop())
+            while (granted := gate.grant_next()) is not None:
+                gate.leave(granted)
+
+    # A break is not the end.
+    empty()
     clock.now += 0.5
-    inside = [enter(gate) for _ in range(12)][:10]
+    inside += [enter(gate) for _ in range(12)][:10]
     assert refused(gate).reason == "WAIT_TOO_LONG"
-    for ticket in inside:
-        gate.leave(ticket)
-    while (granted := gate.grant_next()) is not None:
-        gate.leave(granted)
+    empty()
     clock.now += 1.0
-    for _ in range(40):
+    inside += [enter(gate) for _ in range(20)][:10]
+    empty()
+
+
+def test_a_full_queue_makes_overload_for_all() -> None:
+    clock = Clock()
+    gate = make(clock, limit=10, queue_limit=8)
+    teach(gate, clock, 0.1)
+    for _ in range(10):
         enter(gate)
+    waiting = [enter(gate, caller) for caller in "abcdefgh"]
+    assert refused(gate, "i").reason == "QUEUE_FULL"
+    gate.leave(waiting[0])
+    assert refused(gate, "i").reason == "WAIT_TOO_LONG"
 
 
 def test_the_longest_wait_is_bounded() -> None:
