@@ -6,7 +6,6 @@
 import asyncio
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import grpc
 from google.rpc import error_details_pb2
@@ -14,8 +13,8 @@ from google.rpc import error_details_pb2
 from tests.integration.test_gateway import detail
 from tests.support import counting_service
 from tests.support.backend import UNARY
-from tests.support.counting_service import request
-from tests.support.gateway import pool, running
+from tests.support.counting_service import pool_at, request
+from tests.support.gateway import running
 
 SLOTS = 2
 WAITING = 8
@@ -26,8 +25,7 @@ async def test_every_call_beyond_the_room_is_refused_at_the_door_and_every_other
     service = counting_service.build(counting_service.Settings(slots=SLOTS))
     await service.start()
     await service.wait_ready()
-    address = SimpleNamespace(address=f"127.0.0.1:{service.port}")
-    async with running(pool("ocr-cpu", address), queue_limit=WAITING, limit_initial=SLOTS) as gateway:
+    async with running(pool_at(service), queue_limit=WAITING, limit_initial=SLOTS) as gateway:
         release = tmp_path / "release"
         recognize = gateway.channel.unary_unary(UNARY)
         asked = request(count=2, hold_at=1, release=str(release))
@@ -41,7 +39,7 @@ async def test_every_call_beyond_the_room_is_refused_at_the_door_and_every_other
                 refused.append(error)
                 if len(refused) >= CALLS - SLOTS - WAITING:
                     enough.set()
-                return error.code().name
+                return str(error.code().name)
             return "OK"
 
         calls = [asyncio.create_task(call()) for _ in range(CALLS)]

@@ -13,7 +13,6 @@ import signal
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -27,7 +26,7 @@ from tests.support import counting_service
 from tests.support.backend import BIDI, SERVER_STREAM, UNARY
 from tests.support.caller_process import caller_process
 from tests.support.child_work import Todo
-from tests.support.counting_service import request
+from tests.support.counting_service import pool_at, request
 from tests.support.gateway import Gateway, pool, running
 from tests.support.operations import serving
 from tests.support.processes import alive
@@ -52,7 +51,7 @@ def census() -> dict[str, Any]:
     """What there is, in this process and of what it started."""
     others = asyncio.all_tasks() - {asyncio.current_task()}
     return {
-        "tasks": collections.Counter(task.get_coro().__qualname__ for task in others),
+        "tasks": collections.Counter(getattr(task.get_coro(), "__qualname__", "?") for task in others),
         "files": len(os.listdir("/proc/self/fd")),
         "processes": len(psutil.Process().children(recursive=True)),
     }
@@ -142,7 +141,7 @@ async def house() -> AsyncIterator[House]:
     service = counting_service.build(counting_service.Settings(slots=HELD, drain_grace_s=20))
     await service.start()
     await service.wait_ready()
-    async with running(pool("ocr-cpu", SimpleNamespace(address=f"127.0.0.1:{service.port}"))) as gateway:
+    async with running(pool_at(service)) as gateway:
         # Once, so that everything that stays for good is there.
         for path in KINDS.values():
             assert await end_of(begin(gateway.channel, path, request(count=1)), path) is OK

@@ -3,12 +3,13 @@
 import argparse
 import asyncio
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from benchmarks._bars import Bar, print_report
 from tests.soak import kills, mixed, overload
 
-RUNS: dict[str, Callable[[float], Awaitable[dict[str, Bar]]]] = {
+RUNS: dict[str, Callable[[float], Coroutine[Any, Any, dict[str, Bar]]]] = {
     "kills": kills.run,
     "overload": overload.run,
     "mixed": mixed.run,

@@ -83,6 +83,11 @@ def build(settings: Settings) -> ServiceServer:
     return ServiceServer("ocr", settings, metrics=metrics, host=host, register=register)
 
 
+def pool_at(server: ServiceServer) -> dict[str, Any]:
+    """A gateway's pool of the one that runs in this process."""
+    return {"name": "ocr-cpu", "service": "ocr", "hardware": "cpu", "targets": [f"127.0.0.1:{server.port}"]}
+
+
 def process(**settings: str) -> ServiceProcess:
     """One of its own, not started yet."""
     return ServiceProcess("tests.support.counting_service", "INKWELL_COUNTING_", settings)

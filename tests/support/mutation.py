@@ -50,7 +50,7 @@ def messages(draw: st.DrawFn, kind: type[Message], like: Message | None = None, 
     message = kind()
     if like is not None:
         message.CopyFrom(like)
-    fields = list(message.DESCRIPTOR.fields)
+    fields: list[Any] = list(message.DESCRIPTOR.fields)
     if not fields:
         return message
     for field in draw(st.lists(st.sampled_from(fields), max_size=4, unique_by=lambda f: f.number)):
@@ -60,6 +60,7 @@ def messages(draw: st.DrawFn, kind: type[Message], like: Message | None = None, 
 
 def _fill(draw: st.DrawFn, message: Message, field: Field, depth: int) -> None:
     if field.type == Field.TYPE_MESSAGE:
+        assert field.message_type is not None
         if depth == 0 or field.message_type.GetOptions().map_entry:
             return
         inner = type(getattr(message, field.name)) if not field.is_repeated else None
@@ -90,6 +91,7 @@ def _scalar(field: Field) -> st.SearchStrategy[Any]:
     if field.type == Field.TYPE_BOOL:
         return st.booleans()
     if field.type == Field.TYPE_ENUM:
+        assert field.enum_type is not None
         return st.one_of(st.sampled_from([value.number for value in field.enum_type.values]), st.integers(-3, 1 << 20))
     if field.type == Field.TYPE_BYTES:
         return st.binary(max_size=200)

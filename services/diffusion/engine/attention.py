@@ -54,12 +54,12 @@ def _remember(layer: nn.Module) -> None:
     """Have the layer keep what it made of an input tensor for as long as that tensor lives."""
     # Keys and values of the prompt. Not isinstance: subclasses may compute something else.
     if type(layer) is nn.Linear:
-        layer.forward = _remembering(layer.forward)  # type: ignore[method-assign]
+        layer.forward = _remembering(layer.forward)  # type: ignore[assignment, method-assign]
 
 
 def _remembering(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     # By the tensor itself, not by its numbers: pictures that are painted in turns have tensors of their own.
-    known: Any = WeakTensorKeyDictionary()  # type: ignore[no-untyped-call]
+    known: Any = WeakTensorKeyDictionary()
 
     @functools.wraps(forward)
     def remembering(embeddings: Tensor) -> Tensor:
