@@ -88,11 +88,13 @@ async def test_what_one_leaves_another_does(
     replicas: tuple[Replica, Replica], number: signal.Signals, tmp_path: Path
 ) -> None:
     name, runs, other = await running_at(replicas, Todo(steps=2, then="sleep", result=str(tmp_path / "result")))
-    watching = asyncio.create_task(runs.caller.events(name))
+    watching = runs.caller.watch(name)
+    assert (await watching.read()).HasField("queued")  # it is there: what meets a shutdown on its way ends otherwise
     (tmp_path / "result").touch()  # what the next run finds, and answers with
     await runs.process.end(number)
     with pytest.raises(grpc.aio.AioRpcError) as left:
-        await watching
+        while await watching.read():
+            pass
     assert left.value.code() is grpc.StatusCode.UNAVAILABLE
     told = await other.caller.events(name)
     assert [each.sequence for each in told] == list(range(1, len(told) + 1))
