@@ -22,6 +22,7 @@ from services.runtimes.diffusion_sources import ModelError
 from services.runtimes.graph_diffusion import class_name, is_compiled
 from services.runtimes.hardware import detect
 from services.runtimes.sessions.interface import SessionError
+from services.runtimes.torch_speed import pack_convolutions
 
 # Where a ControlNet's config says otherwise than the denoiser's, what it takes in or gives out has another shape.
 _SAME: dict[str, tuple[str, ...]] = {
@@ -94,6 +95,7 @@ def load(control: KnownControl, pipeline: Any, denoiser: Any, settings: Settings
     if (in_use := _artifact(control, denoiser, settings)) is not None:
         return _compiled(control, in_use)
     module = _read(model_class, control, denoiser.dtype).to(denoiser.device).eval()
+    pack_convolutions(module, denoiser.device)
     if control.kind == "t2i_adapter":
         _check_features(module, pipeline, denoiser)
         channels = module.config.in_channels

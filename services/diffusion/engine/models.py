@@ -17,7 +17,7 @@ from services.diffusion.engine.conditioning import Conditioner
 from services.diffusion.engine.previews import Previews
 from services.diffusion.engine.schedulers import Schedulers
 from services.diffusion.settings import ModelSettings
-from services.runtimes import diffusion_graphs, graph_diffusion, model_version, tuning
+from services.runtimes import diffusion_graphs, graph_diffusion, model_version, torch_speed, tuning
 from services.runtimes import diffusion_sources as sources
 from services.runtimes import torch_diffusion as loading
 from services.runtimes.artifacts.manifest import Manifest
@@ -94,6 +94,8 @@ class LoadedModel:
             tuning.compile_forward(self.denoiser, self._hardware)
         elif self._in_use is None:
             attention.quicken(self.denoiser)
+            torch_speed.pack_convolutions(self.denoiser, self.device)
+            torch_speed.pack_convolutions(self.pipeline.vae, self.device)
         self.preview = self._load_preview(source.folder)
         with loading.BUILDING:  # noise schedules are made of numbers of torch's default type
             self._schedulers = Schedulers(self.pipeline.scheduler)
@@ -133,6 +135,7 @@ class LoadedModel:
                 self._check_vae(vae, what)
             except ModelError as error:
                 raise ModelError(f"model {self.name}: {error}") from error
+            torch_speed.pack_convolutions(vae, self.device)
             decoding.open_gate(vae)
             self._vaes[name] = vae
         return self._vaes[name]
