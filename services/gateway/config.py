@@ -23,6 +23,8 @@ _K8S_TARGET = re.compile(
 
 
 _Model = TypeVar("_Model", bound=BaseModel)
+# Between the files of a folder: what YAML has between documents.
+_BETWEEN = b"\n---\n"
 
 
 class ConfigError(ValueError):
@@ -171,8 +173,10 @@ def load(path: Path) -> GatewayConfig:
 
 
 def read(path: Path) -> bytes:
-    """The file as it is; raises ConfigError."""
+    """The file as it is, or of a folder its *.yaml files in the order of their names; raises ConfigError."""
     try:
+        if path.is_dir():
+            return _BETWEEN.join(file.read_bytes() for file in sorted(path.glob("*.yaml")))
         return path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
@@ -187,27 +191,54 @@ def decode(data: bytes, path: Path) -> str:
 
 
 def parse(text: str, *, name: str = "config") -> GatewayConfig:
-    """Check the text of a configuration file; `name` stands for it in errors. Raises ConfigError."""
-    config = checked(GatewayConfig, text, name=name)
+    """Check the text of a configuration; `name` stands for it in errors. Raises ConfigError.
+
+    Of several YAML documents, such as the files of a folder, the lists are joined in their order.
+    """
+    config = checked(GatewayConfig, text, name=name, joined=True)
     _check_across_pools(config, name)
     return config
 
 
-def checked(model: type[_Model], text: str, *, name: str) -> _Model:
-    """The text of a YAML file as the model; `name` stands for the file in errors. Raises ConfigError."""
+def checked(model: type[_Model], text: str, *, name: str, joined: bool = False) -> _Model:
+    """The text of a YAML file as the model; `name` stands for the file in errors. Raises ConfigError.
+
+    joined: there may be several documents, which are made one.
+    """
     try:
-        data = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        documents = list(yaml.load_all(text, Loader=_Loader)) if joined else [yaml.load(text, Loader=_Loader)]  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
         raise ConfigError(f"{name}: not valid YAML: {error}") from None
-    if not isinstance(data, dict):
+    # Only a comment in it, or nothing.
+    documents = [document for document in documents if document is not None] or [None]
+    data = documents[0]
+    if not all(isinstance(document, dict) for document in documents):
         known = " and ".join(repr(key) for key, field in model.model_fields.items() if field.is_required())
         raise ConfigError(f"{name}: expected a mapping with the key {known}")
+    for document in documents[1:]:
+        data = _joined(data, document, name)
     try:
         return model.model_validate(data)
     except pydantic.ValidationError as error:
         # What is wrong between keys has no path, and says it itself.
         lines = [": ".join(filter(None, (_path(e["loc"]), _what(e)))) for e in error.errors()]
         raise ConfigError(f"{name}: " + "; ".join(lines)) from None
+
+
+def _joined(first: dict[Any, Any], second: dict[Any, Any], name: str) -> dict[Any, Any]:
+    """Both documents: lists one after the other, mappings together. Raises ConfigError for what is said twice."""
+    whole = dict(first)
+    for key, value in second.items():
+        known = whole.get(key)
+        if key not in whole:
+            whole[key] = value
+        elif isinstance(known, list) and isinstance(value, list):
+            whole[key] = known + value
+        elif isinstance(known, dict) and isinstance(value, dict) and not known.keys() & value.keys():
+            whole[key] = known | value
+        else:
+            raise ConfigError(f"{name}: {key}: said in two files, in ways that cannot be joined")
+    return whole
 
 
 def _check_across_pools(config: GatewayConfig, name: str) -> None:

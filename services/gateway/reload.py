@@ -64,11 +64,11 @@ class Reloading:
     async def look(self) -> None:
         """Look once, and use what is new."""
         try:
-            text = await asyncio.to_thread(self.file.read_bytes)
-        except OSError as error:
+            text = await asyncio.to_thread(configuration.read, self.file)
+        except ConfigError as error:
             if self._seen is not None:  # said once
                 self._seen = None
-                self._refuse(f"{self.file}: cannot be read: {error}")
+                self._refuse(str(error))
             return
         if text == self._seen:
             return

@@ -15,7 +15,9 @@ class Settings(ServiceSettings):
     model_config = SettingsConfigDict(env_prefix="INKWELL_GATEWAY_", extra="forbid", frozen=True)
 
     port: int = Field(50050, ge=0, le=65535, description="gRPC port; 0 takes a free one")
-    config: Path = Field(Path("gateway.yaml"), description="the file that names the pools")
+    config: Path = Field(
+        Path("gateway.yaml"), description="the file that names the pools, or a folder whose *.yaml files do"
+    )
     reload_interval_s: float = Field(
         2.0, ge=0, description="seconds between looks at that file for changes; 0 never looks again"
     )

@@ -27,6 +27,8 @@ LIVENESS = "liveness"
 READINESS = "readiness"
 # Our own check answers precisely up to here; beyond, gRPC itself refuses before the message is read into memory.
 _CORE_LIMIT_FACTOR = 4
+# On the port for probes: those of a kubelet are few, and nobody else has any business there.
+_PROBES_AT_A_TIME = 64
 
 
 class Health:
@@ -101,6 +103,7 @@ class ServiceServer:
         self.host = host
         self.port = 0
         self.metrics_port = 0
+        self.health_port = 0
         self.health = Health()
         self._register = register
         self._lifespan = lifespan
@@ -161,6 +164,8 @@ class ServiceServer:
             if self._lifespan is not None:
                 await exits.enter_async_context(self._lifespan(self.health))
             await self.health.start()
+            if settings.health_port >= 0:
+                await self._answer_probes(exits)
             await server.start()
             self._exits = exits.pop_all()
         self._server = server
@@ -181,6 +186,20 @@ class ServiceServer:
         self.metrics.follow_certificate(lambda: folder.current().expires.timestamp())
         credentials = folder.server_credentials(require_clients=settings.tls_clients)
         return int(server.add_secure_port(address, credentials))
+
+    async def _answer_probes(self, exits: contextlib.AsyncExitStack) -> None:
+        """Serve health alone, in plain text, until the exits close; raises OSError if the port is taken."""
+        settings = self.settings
+        server = grpc.aio.server(
+            options=[("grpc.so_reuseport", int(self._share_port))], maximum_concurrent_rpcs=_PROBES_AT_A_TIME
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, server)
+        try:
+            self.health_port = server.add_insecure_port(f"{settings.host}:{settings.health_port}")
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {settings.host}:{settings.health_port}; is the port taken?") from error
+        await server.start()
+        exits.push_async_callback(server.stop, None)
 
     async def wait_ready(self) -> None:
         """Return when the engine is ready for calls; at once without an engine."""

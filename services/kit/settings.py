@@ -48,6 +48,13 @@ class ServiceSettings(BaseSettings):
     metrics_port: int = Field(
         -1, ge=-1, le=65535, description="port of the Prometheus page; 0 takes a free one, -1 none"
     )
+    health_port: int = Field(
+        -1,
+        ge=-1,
+        le=65535,
+        description="port that answers about health, and nothing else, in plain text: for probes that cannot speak the"
+        " TLS of the other; 0 takes a free one, -1 none",
+    )
     max_message_bytes: int = Field(32 * MIB, ge=1024, description="largest request message")
     client_keepalive_time_s: float = Field(
         30.0, ge=1, description="seconds of silence on a client's connection after which it is probed"

@@ -240,6 +240,32 @@ async def test_a_certificate_speaks_for_others_only_if_it_is_named(
         assert "CALLERS" in error.details()
 
 
+async def test_probes_that_speak_no_tls_have_a_port_for_health_alone(server_folder: Path) -> None:
+    async with serving(tls=str(server_folder), health_port=0) as server:
+        server.health.set("readiness", True)
+        async with grpc.aio.insecure_channel(f"localhost:{server.health_port}") as channel:
+            watched = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service="readiness"))
+            said = await watched.read()
+            while said.status != health_pb2.HealthCheckResponse.SERVING:
+                said = await watched.read()
+            call = channel.unary_unary(PATH)
+            with pytest.raises(grpc.aio.AioRpcError) as nobody:
+                await call(b"")
+            assert nobody.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+            # While it drains, it says so there too.
+            stopping = asyncio.create_task(server.stop(0))
+            assert (await watched.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            await stopping
+
+
+async def test_a_health_port_that_is_taken_ends_the_start(server_folder: Path) -> None:
+    async with serving(tls=str(server_folder), health_port=0) as server:
+        with pytest.raises(OSError, match=f"127.0.0.1:{server.health_port}; is the port taken"):
+            async with serving(tls=str(server_folder), health_port=server.health_port):
+                pass
+
+
 @pytest.mark.parametrize("encrypted", [True, False])
 async def test_a_probe_asks_with_the_servers_own_certificate(
     authority: Authority, tmp_path: Path, encrypted: bool

@@ -63,6 +63,36 @@ def test_a_wrong_key_is_named_with_what_is_accepted(find: str, put: str, expecte
     assert expected in str(refused.value)
 
 
+POOL = "pools: [{{name: ocr-{hardware}, service: ocr, hardware: {hardware}, targets: ['ocr-{hardware}:50051']}}]\n"
+
+
+def test_the_files_of_a_folder_are_one_configuration(tmp_path: Path) -> None:
+    (tmp_path / "30-cpu.yaml").write_text(POOL.format(hardware="cpu") + "defaults: {ocr: [cpu]}")
+    (tmp_path / "10-cuda.yaml").write_text(POOL.format(hardware="cuda") + "defaults: {diffusion: [cuda]}")
+    (tmp_path / "50-nothing.yaml").write_text("# routes may come here\n")
+    (tmp_path / "notes.txt").write_text("not of it")
+    read = config.load(tmp_path)
+    assert [pool.name for pool in read.pools] == ["ocr-cuda", "ocr-cpu"]
+    assert read.defaults == {"ocr": ["cpu"], "diffusion": ["cuda"]}
+
+
+@pytest.mark.parametrize(
+    ("second", "expected"),
+    [
+        (POOL.format(hardware="cuda"), "pools[1].name: 'ocr-cuda' is already pools[0]"),
+        ("pools: {ocr: 1}", "pools: said in two files"),
+        ("defaults: {ocr: [cpu]}", "defaults: said in two files"),
+        ("[]", "expected a mapping"),
+    ],
+)
+def test_files_that_do_not_go_together_are_refused(tmp_path: Path, second: str, expected: str) -> None:
+    (tmp_path / "1.yaml").write_text(POOL.format(hardware="cuda") + "defaults: {ocr: [cuda]}")
+    (tmp_path / "2.yaml").write_text(second)
+    with pytest.raises(ConfigError) as refused:
+        config.load(tmp_path)
+    assert expected in str(refused.value)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "pools", "pools: []", "pools: 3"])
 def test_a_file_without_pools_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="pools"):
