@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo up down test test-triton lint protos bench eval compile-all lock clean
+.PHONY: help demo up down test test-triton lint protos bench eval compile-all images lock clean
 
 # Python 3.11 or newer; override with `make demo PYTHON=/path/to/python3`.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -66,6 +66,9 @@ eval: $(VENV)/.installed  ## Compare precisions by error rate, size and speed on
 
 compile-all: $(VENV)/.installed  ## Compile both embedded models to ONNX and OpenVINO in three precisions, and compare them
 	@$(RUN) -m services.compiler.compile_all $(ARGS)
+
+images:  ## Build the images for HARDWARE (cpu, cuda, rocm) with docker buildx; REGISTRY=host/ pushes them
+	@REVISION=$$(git rev-parse HEAD) REGISTRY="$(REGISTRY)" docker buildx bake $(if $(REGISTRY),--push,--load) $(or $(HARDWARE),cpu)
 
 lock:  ## Write requirements/*.txt anew from pyproject.toml
 	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" requirements/lock.sh

@@ -11,9 +11,9 @@ pip=("$work/venv/bin/python" -m pip --disable-pip-version-check --quiet)
 header="# Written by \`make lock\` from pyproject.toml; do not edit. torch stands in torch.txt and is installed first."
 freeze() { "${pip[@]}" freeze --exclude torch --exclude inkwell; }
 # Building an editable install needs these three in the environment itself.
-"${pip[@]}" install ".[cpu,compiler]" hatchling==1.27.0 editables grpcio-tools==1.85.1 mypy-protobuf==5.1.0
+"${pip[@]}" install ".[cpu,compiler,tracing]" hatchling==1.27.0 editables grpcio-tools==1.85.1 mypy-protobuf==5.1.0
 { echo "$header"; freeze; } > "$work/cpu.txt"
-"${pip[@]}" install ".[cpu,compiler,dev]"
+"${pip[@]}" install ".[cpu,compiler,tracing,dev]"
 { echo "$header"; echo "-r cpu.txt"; freeze | grep -vxFf "$work/cpu.txt"; } > "$work/dev.txt"
 "${pip[@]}" check
 mv "$work/cpu.txt" "$work/dev.txt" requirements/
