@@ -5,7 +5,7 @@ import itertools
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,13 +167,13 @@ def environment_of(workload: Object, objects: tuple[Object, ...] = ()) -> dict[s
 
 def matches(selector: Object, labels: dict[str, str]) -> bool:
     """Whether a label selector takes these labels. Raises KeyError for an operator that is not used here."""
-    expressions = {
+    expressions: dict[str, Callable[[str | None, list[str]], bool]] = {
         "In": lambda value, values: value in values,
         "NotIn": lambda value, values: value not in values,
         "Exists": lambda value, _: value is not None,
         "DoesNotExist": lambda value, _: value is None,
     }
     return all(labels.get(key) == value for key, value in selector.get("matchLabels", {}).items()) and all(
-        expressions[asked["operator"]](labels.get(asked["key"]), asked.get("values", ()))
+        expressions[asked["operator"]](labels.get(asked["key"]), asked.get("values", []))
         for asked in selector.get("matchExpressions", ())
     )
