@@ -54,6 +54,7 @@ class Service:
     name: str
     pid: int
     address: str
+    metrics_port: int = -1  # -1: no page of metrics
 
 
 class StartError(RuntimeError):
@@ -89,10 +90,15 @@ def stop(services: list[Service]) -> None:
 
 
 @contextmanager
-def running_on_free_ports() -> Iterator[dict[str, Service]]:
-    """Everything, on ports that nobody else has; yields the services by name and stops them afterwards."""
+def running_on_free_ports(*, metrics: bool = False) -> Iterator[dict[str, Service]]:
+    """Everything, on ports that nobody else has; yields the services by name and stops them afterwards.
+
+    metrics: each has its page of metrics, too.
+    """
     names = (*MODEL_SERVICES, "gateway")
-    ports = dict(zip(names, ((port, -1) for port in free_ports(len(names))), strict=True))
+    free = free_ports(2 * len(names))
+    pages = free[len(names) :] if metrics else [-1] * len(names)
+    ports = {name: (port, page) for name, port, page in zip(names, free, pages, strict=False)}
     with tempfile.TemporaryDirectory(prefix="inkwell-") as folder:
         services = start(ports, Path(folder))
         try:
@@ -155,7 +161,7 @@ def spawn(name: str, ports: dict[str, tuple[int, int]], folder: Path) -> Service
             start_new_session=True,
         )
     _children[process.pid] = process
-    return Service(name, process.pid, address(ports, name))
+    return Service(name, process.pid, address(ports, name), metrics_port)
 
 
 # Kept, because only their parent can tell a process that ended from a zombie, and Python warns when one is forgotten.

@@ -24,5 +24,5 @@ def fleet() -> Iterator[dict[str, local.Service]]:
 
     Shared by all tests of the session, so nobody may harm it.
     """
-    with local.running_on_free_ports() as services:
+    with local.running_on_free_ports(metrics=True) as services:
         yield services

@@ -23,7 +23,7 @@ from services.runtimes.artifacts.store import open_store
 
 def build(settings: Settings) -> ServiceServer:
     """The whole service, not yet started. Raises StoreError for a store that cannot be."""
-    metrics = Metrics("compiler")
+    metrics = Metrics("compiler", tenants=settings.metrics_tenants)
     store = open_store(settings.artifact_store)
     compiler = Compiler(settings, store, metrics)
     servicer = CompilerServicer(compiler, store, settings)
@@ -50,6 +50,7 @@ def build(settings: Settings) -> ServiceServer:
         "compiler",
         settings,
         metrics=metrics,
+        devices=True,
         host=None,
         register=register,
         lifespan=lifespan,

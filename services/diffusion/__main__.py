@@ -25,7 +25,7 @@ ENGINE_FACTORY = "services.diffusion.engine.main:create_engine"
 
 def build(settings: Settings) -> ServiceServer:
     """The service, not yet started."""
-    metrics = Metrics("diffusion")
+    metrics = Metrics("diffusion", tenants=settings.metrics_tenants)
     host = EngineHost(ENGINE_FACTORY, settings, slots=settings.max_concurrent_calls, metrics=metrics)
     servicer = DiffusionServicer(settings, host, metrics)
     reporter = Reporter("diffusion")
@@ -47,6 +47,7 @@ def build(settings: Settings) -> ServiceServer:
         "diffusion",
         settings,
         metrics=metrics,
+        devices=True,
         host=host,
         register=register,
         lifespan=lifespan,

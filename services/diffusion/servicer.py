@@ -18,14 +18,15 @@ from services.diffusion.domain import JobUpdate, ModelInfo, Painted, PaintJob, P
 from services.diffusion.models import Models
 from services.diffusion.scheduler_table import TABLE
 from services.diffusion.settings import Settings
+from services.kit import engine_metrics
 from services.kit.call import label_call, priority_of, send_header, time_left
 from services.kit.engine_api import Accepted, Finished, Update
 from services.kit.engine_host import EngineHost
 from services.kit.job import Job, Queued
-from services.kit.metrics import Metrics
+from services.kit.metrics import FIRST_PROGRESS_BUCKETS, Metrics
 
 _STEP_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-_FIRST_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_BATCH_BUCKETS = (1, 2, 4, 8, 16, 32)
 
 _updates: msgspec.msgpack.Decoder[JobUpdate] = msgspec.msgpack.Decoder(JobUpdate)
 _results = msgspec.msgpack.Decoder(Painted)
@@ -49,9 +50,17 @@ class DiffusionServicer(diffusion_pb2_grpc.DiffusionServiceServicer):
         self._first_progress_seconds = Histogram(
             "inkwell_first_progress_seconds",
             "Time from a call's arrival to its first finished step.",
-            buckets=_FIRST_BUCKETS,
+            buckets=FIRST_PROGRESS_BUCKETS,
             registry=metrics.registry,
         )
+        self._batch_size = Histogram(
+            "inkwell_batch_size",
+            "Pictures that a call's steps painted side by side.",
+            ["model"],
+            buckets=_BATCH_BUCKETS,
+            registry=metrics.registry,
+        )
+        engine_metrics.register(metrics, host, lambda: [(m, m.memory_bytes) for m in self._models.engine_info().models])
         self._decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="decode")
 
     async def report(self) -> endpoint_pb2.Report:
@@ -83,6 +92,7 @@ class DiffusionServicer(diffusion_pb2_grpc.DiffusionServiceServicer):
         async with self._host.admit(priority=priority, time_left_s=time_left_s, cost=cost) as admitted:
             await send_header(context)
             admitted.start(job)
+            self._batch_size.labels(self._metrics.model_label(model.name)).observe(job.batch_size)
             first = True
             async for response in self._responses(admitted, job, (asked.progress_interval_ms or 0) / 1000):
                 if first and response.HasField("progress"):

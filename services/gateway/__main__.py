@@ -71,7 +71,7 @@ def assemble(
 
     contents: of the file that the settings name, which is followed from then on; None if the fleet comes from no file.
     """
-    metrics = Metrics("gateway")
+    metrics = Metrics("gateway", tenants=settings.metrics_tenants)
     reloading: Reloading | None = None
     if contents is not None:
         reloading = Reloading(

@@ -347,12 +347,18 @@ class _DoorCollector(Collector):
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         waiting = GaugeMetricFamily("inkwell_gateway_waiting", "Calls that wait for a place, by pool.", labels=["pool"])
+        admitted = GaugeMetricFamily(
+            "inkwell_gateway_admitted",
+            "Calls that have a place in the pool, by pool; those about operations need none.",
+            labels=["pool"],
+        )
         limit = GaugeMetricFamily(
             "inkwell_gateway_limit", "Calls that the pool is given at a time, as learned from latency.", labels=["pool"]
         )
         retries = GaugeMetricFamily("inkwell_gateway_retry_budget", "Retries that may be made now.", labels=["pool"])
-        for name, door in self._doors.items():
+        for name, door in list(self._doors.items()):
             waiting.add_metric([name], door.gate.waiting)
+            admitted.add_metric([name], door.gate.under_way + door.gate.streams)
             limit.add_metric([name], door.gate.limit)
             retries.add_metric([name], door.budget.left)
-        yield from (waiting, limit, retries)
+        yield from (waiting, admitted, limit, retries)

@@ -202,7 +202,14 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             seconds = time.monotonic() - began
             counted_as = labels.method or method
             self._metrics.in_flight.dec()
-            self._metrics.ended(counted_as, code, model=labels.model, hardware=labels.hardware, seconds=seconds)
+            self._metrics.ended(
+                counted_as,
+                code,
+                model=labels.model,
+                hardware=labels.hardware,
+                seconds=seconds,
+                tenant=current_caller.get(),
+            )
             log.info(
                 "call",
                 method=method,

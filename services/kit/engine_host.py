@@ -99,6 +99,7 @@ class EngineHost:
         self._supervisor: asyncio.Task[None] | None = None
         self._stopping = False
         self._last_heard = 0.0
+        self._beat = (0.0, 0.0)  # when the engine was heard of last, and how long its step took by then
         self._reported_positions: dict[Ticket, int] = {}
         self.info: Raw | None = None
         self.ready = False
@@ -137,6 +138,17 @@ class EngineHost:
     def pid(self) -> int | None:
         """Process id of the engine, None while there is none."""
         return self._process.pid if self._process else None
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the engine was heard of; 0 while there is none. It beats every second."""
+        return self._clock() - self._beat[0] if self._process else 0.0
+
+    @property
+    def step_age_s(self) -> float:
+        """Seconds that the engine's step under way has taken, as far as is known; 0 while none is."""
+        step_s = self._beat[1]
+        return step_s + self.silent_s if step_s and self._process else 0.0
 
     # --- jobs ---
 
@@ -339,6 +351,7 @@ class EngineHost:
     async def _serve(self, reader: asyncio.StreamReader) -> str | None:
         """Handle events until the process is gone (None) or must be killed (why)."""
         self._last_heard = self._clock()
+        self._beat = (self._last_heard, 0.0)
         watchdog = asyncio.create_task(self._watch_for_stall(), name="engine-watchdog")
         reading = asyncio.create_task(self._read_events(reader), name="engine-events")
         try:
@@ -356,6 +369,7 @@ class EngineHost:
             except (asyncio.IncompleteReadError, ConnectionError):
                 return
             self._last_heard = self._clock()
+            self._beat = (self._last_heard, self._beat[1])
             match event:
                 case Ready(info):
                     self.info = Raw(bytes(info))
@@ -366,6 +380,7 @@ class EngineHost:
                     self.info = Raw(bytes(info))
                     self.on_info_change()
                 case Heartbeat(step_seconds):
+                    self._beat = (self._last_heard, step_seconds)
                     if step_seconds > self._settings.engine_stall_s:
                         self._last_heard = float("-inf")
                 case _:

@@ -21,7 +21,7 @@ from typing import Any
 
 import grpc
 from google.protobuf.message import Message
-from prometheus_client import Counter
+from prometheus_client import Counter, Gauge
 
 from services.kit import faults
 from services.kit.call import CallLabels, current_labels
@@ -212,6 +212,10 @@ class Repeats(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             ["outcome"],
             registry=metrics.registry,
         )
+        kept = Gauge("inkwell_repeated_calls", "Calls with an id that are kept in mind.", registry=metrics.registry)
+        kept.set_function(lambda: len(self.shelf))
+        held = Gauge("inkwell_repeated_bytes", "Bytes of their answers that are kept.", registry=metrics.registry)
+        held.set_function(lambda: self.shelf.bytes_held)
 
     async def intercept_service(
         self,

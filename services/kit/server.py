@@ -14,7 +14,7 @@ from grpc_channelz.v1 import channelz
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from services.kit import identity, logs, orca
+from services.kit import device_metrics, identity, logs, orca
 from services.kit.boundary import Boundary, Guard
 from services.kit.engine_host import EngineHost, EngineStartError
 from services.kit.metrics import Metrics, MetricsPage
@@ -80,6 +80,7 @@ class ServiceServer:
     lifespan: entered before the server takes its first call and left after it has ended its last one.
     interceptors: between the boundary, which makes statuses of the faults that they raise, and the handlers.
     guard: lets calls in or refuses them, and finds out who makes them; the settings' `callers` decide if it is None.
+    devices: show the GPUs, or the memory, that this service computes with.
     share_port: listen beside other processes of the same user that do so too; the port must be free otherwise.
     """
 
@@ -94,6 +95,7 @@ class ServiceServer:
         lifespan: Callable[[Health], contextlib.AbstractAsyncContextManager[None]] | None = None,
         on_drain: Callable[[], None] | None = None,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        devices: bool = False,
         share_port: bool = False,
         guard: Guard | None = None,
     ) -> None:
@@ -103,12 +105,14 @@ class ServiceServer:
         self.host = host
         self.port = 0
         self.metrics_port = 0
+        metrics.drains_within(settings.drain_delay_s + settings.drain_grace_s)
         self.health_port = 0
         self.health = Health()
         self._register = register
         self._lifespan = lifespan
         self._on_drain = on_drain
         self._interceptors = tuple(interceptors)
+        self._devices = devices
         self._share_port = share_port
         admission = host.admission if host is not None else None
         self._boundary = Boundary(metrics, max_message_bytes=settings.max_message_bytes, admission=admission)
@@ -153,6 +157,8 @@ class ServiceServer:
 
         async with contextlib.AsyncExitStack() as exits:
             if settings.metrics_port >= 0:
+                if self._devices:
+                    device_metrics.register(self.metrics.registry, await asyncio.to_thread(device_metrics.find))
                 page = MetricsPage(self.metrics.registry, settings.metrics_host, settings.metrics_port)
                 # Closing waits for the page's thread, which looks up every half second.
                 exits.push_async_callback(asyncio.to_thread, page.close)
@@ -215,6 +221,7 @@ class ServiceServer:
             return
         server, self._server = self._server, None
         log.info("draining")
+        self.metrics.draining()
         await self.health.stop()
         self.metrics.ready.set(0)
         await asyncio.sleep(self.settings.drain_delay_s)

@@ -55,6 +55,9 @@ class ServiceSettings(BaseSettings):
         description="port that answers about health, and nothing else, in plain text: for probes that cannot speak the"
         " TLS of the other; 0 takes a free one, -1 none",
     )
+    metrics_tenants: int = Field(
+        100, ge=0, le=250, description="callers that have series of their own; the others are counted together"
+    )
     max_message_bytes: int = Field(32 * MIB, ge=1024, description="largest request message")
     client_keepalive_time_s: float = Field(
         30.0, ge=1, description="seconds of silence on a client's connection after which it is probed"

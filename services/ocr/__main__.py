@@ -27,7 +27,7 @@ ENGINE_FACTORY = "services.ocr.engine.main:create_engine"
 
 def build(settings: Settings) -> ServiceServer:
     """The whole service, not yet started."""
-    metrics = Metrics("ocr")
+    metrics = Metrics("ocr", tenants=settings.metrics_tenants)
     host = EngineHost(ENGINE_FACTORY, settings, slots=settings.max_jobs, metrics=metrics)
     servicer = OcrServicer(host, settings, metrics)
     reporter = Reporter("ocr")
@@ -49,6 +49,7 @@ def build(settings: Settings) -> ServiceServer:
         "ocr",
         settings,
         metrics=metrics,
+        devices=True,
         host=host,
         register=register,
         lifespan=lifespan,

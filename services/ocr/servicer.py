@@ -15,7 +15,7 @@ from prometheus_client import Counter, Histogram
 from inkwell.common.v1 import common_pb2
 from inkwell.endpoint.v1 import endpoint_pb2
 from inkwell.ocr.v1 import ocr_pb2, ocr_pb2_grpc
-from services.kit import errors, faults
+from services.kit import engine_metrics, errors, faults
 from services.kit.admission import Priority
 from services.kit.call import label_call, priority_of, send_header, time_left
 from services.kit.engine_api import Accepted, Finished, Update
@@ -23,7 +23,7 @@ from services.kit.engine_host import EngineHost, engine_not_ready
 from services.kit.faults import Fault
 from services.kit.images import Limits, check_size
 from services.kit.job import HostEvent, Job, Queued
-from services.kit.metrics import Metrics
+from services.kit.metrics import FIRST_PROGRESS_BUCKETS, Metrics
 from services.ocr import converters, images, model_converters
 from services.ocr.documents.service import Caller as DocumentCaller
 from services.ocr.documents.service import Documents
@@ -53,6 +53,12 @@ class OcrMetrics:
             buckets=_BATCH_BUCKETS,
             registry=metrics.registry,
         )
+        self.first_progress_seconds = Histogram(
+            "inkwell_first_progress_seconds",
+            "Time from a streamed call's arrival to its first text.",
+            buckets=FIRST_PROGRESS_BUCKETS,
+            registry=metrics.registry,
+        )
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ class OcrServicer(ocr_pb2_grpc.OcrServiceServicer):
         self._settings = settings
         self._models = Models(host, settings)
         self._metrics = OcrMetrics(metrics)
+        engine_metrics.register(metrics, host, lambda: [(m, m.weight_bytes) for m in self._models.engine_info().models])
         self._limits = Limits(settings.max_image_bytes, settings.max_image_pixels, settings.min_image_side)
         # Bounded, so that a flood of large images cannot take every core from the engine.
         self._decoders = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="image")
@@ -93,6 +100,7 @@ class OcrServicer(ocr_pb2_grpc.OcrServiceServicer):
     async def StreamRecognize(
         self, request: ocr_pb2.StreamRecognizeRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[ocr_pb2.StreamRecognizeResponse]:
+        arrived: float | None = time.monotonic()
         caller = _Caller(priority_of(context), context)
         sequence = 0
         async with self._admitted(request, caller, partials=True) as (model, job):
@@ -100,6 +108,9 @@ class OcrServicer(ocr_pb2_grpc.OcrServiceServicer):
             await send_header(context)
             async for event in job:
                 response = self._stream_response(event, model, job)
+                if arrived is not None and response.WhichOneof("event") in ("partial", "result"):
+                    self._metrics.first_progress_seconds.observe(time.monotonic() - arrived)
+                    arrived = None
                 sequence += 1
                 response.sequence = sequence
                 yield response

@@ -46,6 +46,15 @@ class Row:
     outcome: Outcome | None
 
 
+@dataclass(frozen=True)
+class Replica:
+    """A replica of the database, as the database knows it."""
+
+    name: str
+    lag_bytes: int  # of the log, not yet applied there
+    lag_s: float  # 0 while nothing is written
+
+
 class Log:
     """The tables of one service. Raises sqlalchemy.exc.SQLAlchemyError when the database does not answer."""
 
@@ -302,6 +311,28 @@ class Log:
         with self._engine.begin() as c:
             if c.execute(sa.update(p).where(p.c.id == process).values(beat_ms=beat_ms)).rowcount == 0:
                 c.execute(sa.insert(p).values(id=process, beat_ms=beat_ms))
+
+    # --- the database ---
+
+    def replicas(self) -> list[Replica]:
+        """The replicas that follow this database, as far as its user may know: Postgres tells members of pg_monitor.
+
+        Those of one name are one, as far behind as the last of them.
+        """
+        if self._engine.dialect.name != "postgresql":
+            return []
+        # A base backup and pg_receivewal apply nothing, and are as far as what they have on disk.
+        query = sa.text(
+            "SELECT application_name,"
+            " coalesce(max(pg_wal_lsn_diff(pg_current_wal_lsn(), coalesce(replay_lsn, flush_lsn))), 0),"
+            " coalesce(max(extract(epoch FROM coalesce(replay_lag, flush_lag))), 0)"
+            " FROM pg_stat_replication WHERE state IS NOT NULL AND NOT pg_is_in_recovery() GROUP BY application_name"
+        )
+        with self._engine.begin() as c:
+            return [
+                Replica(name, max(0, int(lag_bytes)), max(0.0, float(lag_s)))
+                for name, lag_bytes, lag_s in c.execute(query)
+            ]
 
     # --- parts of transactions ---
 

@@ -57,7 +57,7 @@ class Runs:
         name: Callable[[str], str],
         on_change: Callable[[str], None],
         on_queue: Callable[[], Awaitable[None]],
-        on_end: Callable[[str, Outcome], None],
+        on_end: Callable[[Row, Outcome], None],
     ) -> None:
         self._caller = caller
         self._log = operations_log
@@ -176,7 +176,7 @@ class Runs:
             log.error("operation failed", operation=row.id, kind=row.kind, exc_info=error)
             outcome = Failed(faults.internal(f"a defect of the service; its log names operation {row.id}").data)
         if await self._caller.insist(self._log.finish, row.id, run.token, outcome):
-            self._on_end(row.kind, outcome)
+            self._on_end(row, outcome)
             self._on_change(row.id)
             await self._on_queue()
         return True

@@ -9,7 +9,6 @@ from typing import Self
 
 import msgspec
 import structlog
-from prometheus_client import Counter, Gauge
 from sqlalchemy.exc import SQLAlchemyError
 
 from services.kit import faults
@@ -17,9 +16,10 @@ from services.kit.admission import Priority
 from services.kit.faults import Fault, FaultData, FieldViolation, Kind, Resource
 from services.kit.metrics import Metrics
 from services.kit.operations.database import Caller
-from services.kit.operations.kinds import AnyKind, Cancelled, Done, Event, Operation, Outcome, State
+from services.kit.operations.kinds import AnyKind, Cancelled, Done, Event, Operation, State
 from services.kit.operations.log import Log, Row
 from services.kit.operations.runs import Runs
+from services.kit.operations.seen import OperationsMetrics
 from services.kit.operations.settings import OperationsSettings, database_url
 from services.kit.operations.workflows import Workflows, lock
 
@@ -67,10 +67,7 @@ class Operations:
         self._runs: Runs
         self._workflows: Workflows
         self._caller: Caller
-        self._ended = Counter(
-            "inkwell_operations", "Operations that ended here, by how.", ["kind", "outcome"], registry=metrics.registry
-        )
-        self._running = Gauge("inkwell_operations_running", "Operations that run here.", registry=metrics.registry)
+        self._metrics = OperationsMetrics(metrics.registry)
 
     # --- life ---
 
@@ -135,9 +132,9 @@ class Operations:
             name=self._name,
             on_change=self._wake,
             on_queue=self._line_up,
-            on_end=self._count,
+            on_end=self._metrics.ended,
         )
-        self._running.set_function(lambda: len(runs.running))
+        self._metrics.running.set_function(lambda: len(runs.running))
         return runs
 
     def _make_workflows(self) -> Workflows:
@@ -221,7 +218,7 @@ class Operations:
         row = await self._row(self._id(name), owner)
         outcome = Cancelled()
         if await self._caller.ask(self._log.finish, row.id, None, outcome):
-            self._count(row.kind, outcome)
+            self._metrics.ended(row, outcome)
             self._wake(row.id)
             # Nobody is to take it from the queue; should this not be reached, whoever takes it finds that it is done.
             await self._caller.call(self._workflows.cancel, row.id)
@@ -288,6 +285,7 @@ class Operations:
         """Say that this process lives, and look after what others, or time, have left behind."""
         call = self._caller.call
         await call(self._log.beat, self._process)
+        self._metrics.beat()
         for process in await call(self._log.claim_lost, silent_ms=int(self._settings.operations_lost_after_s * 1000)):
             taken = await call(self._workflows.take_over, process)
             await call(self._log.remove_process, process)
@@ -297,6 +295,11 @@ class Operations:
         await call(self._workflows.queue_again, waiting)
         while expired := await call(self._log.expired, int(self._settings.operations_kept_s * 1000), _BATCH):
             await self._forget(expired)
+        await self._count_waiting()
+        self._metrics.replicas(await call(self._log.replicas))
+
+    async def _count_waiting(self) -> None:
+        self._metrics.waiting(len(await self._caller.call(self._log.waiting, since_ms=0)))
 
     async def _follow(self) -> None:
         """Notice what other processes have written."""
@@ -321,6 +324,7 @@ class Operations:
         """Tell those that wait their places."""
         try:
             told = await self._caller.call(self._log.line_up)
+            await self._count_waiting()
         except SQLAlchemyError as error:
             log.warning("cannot tell places in the queue", error=str(error))
             return
@@ -331,9 +335,6 @@ class Operations:
         # In this order: a row without a workflow is seen to again, a workflow without a row never.
         await self._caller.call(self._workflows.delete, row_ids)
         await self._caller.ask(self._log.forget, row_ids)
-
-    def _count(self, kind: str, outcome: Outcome) -> None:
-        self._ended.labels(kind, type(outcome).__name__.lower()).inc()
 
     # --- watching ---
 
