@@ -8,6 +8,7 @@ import argparse
 import importlib.util
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -40,6 +41,9 @@ BACKENDS = {
     "diffusion": "inkwell.diffusion.v1.DiffusionService",
     "compiler": "inkwell.compiler.v1.CompilerService",
 }
+# Where free ports are looked for: below those that Linux (from 32768, ip_local_port_range) and macOS (from 49152) give
+# to outgoing connections, one of which could take it before its server listens, or while that is restarted.
+CHOSEN_PORTS = range(20_000, 32_000)
 # What the demo and the benchmarks need; a compiler keeps its operations in a file that only one may open.
 MODEL_SERVICES = ("ocr", "diffusion")
 # Loading both models took 10 s on two busy cores; the rest is for slower disks.
@@ -108,13 +112,17 @@ def running_on_free_ports(*, metrics: bool = False) -> Iterator[dict[str, Servic
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that are free now. Held open together while choosing, so that no number comes twice."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    try:
-        return [s.getsockname()[1] for s in sockets]
-    finally:
-        for s in sockets:
-            s.close()
+    """Ports on loopback that are free now, of CHOSEN_PORTS; raises RuntimeError if there are not so many."""
+    found: list[int] = []
+    for port in random.sample(CHOSEN_PORTS, len(CHOSEN_PORTS)):
+        if len(found) == count:
+            return found
+        try:
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            continue
+        found.append(port)
+    raise RuntimeError(f"no {count} of the ports {CHOSEN_PORTS.start} to {CHOSEN_PORTS.stop - 1} are free")
 
 
 def hardware_label() -> str:

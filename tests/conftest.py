@@ -1,6 +1,7 @@
 """Fixtures that more than one folder of tests needs."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 
@@ -12,6 +13,9 @@ from services import local
 # Tests never time things, and an example that took long on a busy machine is no failure.
 settings.register_profile("inkwell", deadline=None)
 settings.load_profile("inkwell")
+
+# A shell has what it starts in the background ignore Ctrl-C, and the commands that tests interrupt would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A store of this run's own: what its user has compiled would otherwise be what the services run.
 _data = tempfile.TemporaryDirectory(prefix="inkwell-data-", ignore_cleanup_errors=True)

@@ -268,7 +268,7 @@ async def test_a_cancelled_compile_ends_its_processes_and_leaves_nothing(tiny: s
         assert children
         with pytest.raises(inkwell.Cancelled):
             await operation.result()
-        _, alive = await asyncio.to_thread(psutil.wait_procs, children, 10)
+        _, alive = await asyncio.to_thread(psutil.wait_procs, children, 60)
         assert not alive
         assert await client.artifacts() == []
     assert left_behind(tmp_path) == []

@@ -337,7 +337,7 @@ async def test_no_render_process_outlives_its_document(service: Service) -> None
             assert len(render_processes()) == 1
             break
     call.cancel()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while render_processes():  # noqa: ASYNC110 - its end is only seen from outside
             await asyncio.sleep(0.005)
 

@@ -199,7 +199,7 @@ async def test_a_call_waits_for_a_service_that_restarts_its_engine() -> None:
             yield b""
 
         only.behaviour = lose_engine
-        call = gateway.channel.unary_unary(UNARY)(b"a", timeout=20)
+        call = gateway.channel.unary_unary(UNARY)(b"a", timeout=60)
         await entered_again.wait()
         # New calls are refused at the door meanwhile; the one that was inside is kept.
         assert (await outcome(gateway.channel.unary_unary(UNARY)(b"b"))).code() is GONE

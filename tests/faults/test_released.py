@@ -40,7 +40,7 @@ OK, GONE, LATE = grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE, grpc.StatusCod
 async def until(condition: Callable[[], bool], what: Callable[[], object] = lambda: None) -> None:
     """Return once it holds; of things that tell nobody when they change."""
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not condition():  # noqa: ASYNC110
                 await asyncio.sleep(0.002)
     except TimeoutError:
@@ -91,7 +91,7 @@ class House:
     async def assert_released(self) -> None:
         """Everything that was taken is given back, and what follows is served."""
         assert await self.gateway.channel.unary_unary(UNARY)(request(count=2), timeout=60) == b"2"
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             await self.gateway.idle()
             await self.service._boundary.wait_idle()
         await until(lambda: not (self.admission.running_count or self.admission.waiting_count))

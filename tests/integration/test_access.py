@@ -79,7 +79,7 @@ def setup(tmp_path: Path, issuer: Issuer) -> Setup:
 
 
 async def call(gateway: Gateway, *, request: bytes = b"", metadata: Any = (), path: str = UNARY) -> bytes:
-    answer: bytes = await gateway.channel.unary_unary(path)(request, metadata=metadata, timeout=20)
+    answer: bytes = await gateway.channel.unary_unary(path)(request, metadata=metadata, timeout=60)
     return answer
 
 
@@ -100,11 +100,11 @@ def told(error: grpc.aio.AioRpcError) -> tuple[grpc.StatusCode, str]:
 
 async def eventually(so: Callable[[], Awaitable[bool]]) -> None:
     """Return once it is so. For what the gateway takes up from files, which it looks at every second."""
-    for _ in range(400):
+    for _ in range(1200):
         if await so():
             return
         await asyncio.sleep(0.05)
-    raise AssertionError("it did not become so within 20 s")
+    raise AssertionError("it did not become so within a minute")
 
 
 async def until(gateway: Gateway, metadata: Any, code: grpc.StatusCode) -> None:
@@ -407,7 +407,7 @@ async def test_models_of_every_request_of_a_stream(setup: Setup, backend: Backen
         return ocr_pb2.BatchRecognizeRequest(id="1", model=model).SerializeToString()
 
     async with setup.running(backend) as gateway:
-        stream = gateway.channel.stream_stream(BIDI)(metadata=bearer(KEY), timeout=20)
+        stream = gateway.channel.stream_stream(BIDI)(metadata=bearer(KEY), timeout=60)
         await stream.write(request("handwriting-tiny"))
         assert await stream.read() == request("handwriting-tiny")
         await stream.write(request("trocr-large"))

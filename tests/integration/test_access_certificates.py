@@ -61,7 +61,7 @@ async def who(port: int, creds: grpc.ChannelCredentials, **options: Any) -> str:
     async with grpc.aio.secure_channel(
         f"localhost:{port}", creds, options=[("grpc.use_local_subchannel_pool", 1)]
     ) as channel:
-        return Text.FromString(await channel.unary_unary(UNARY)(b"", timeout=20, **options)).value
+        return Text.FromString(await channel.unary_unary(UNARY)(b"", timeout=60, **options)).value
 
 
 @pytest.fixture
@@ -110,13 +110,13 @@ async def test_a_service_found_by_its_name_has_to_have_that_name(authority: Auth
     async with serving(authority.folder(tmp_path / "ocr", "ocr-cuda")) as port:
         settings: dict[str, Any] = {"services_tls": str(gateway_folder), "resolver": resolve}
         async with gateways.running(pool(f"dns:///ocr-cuda:{port}"), **settings) as gateway:
-            await gateway.channel.unary_unary(UNARY)(b"", timeout=20)
+            await gateway.channel.unary_unary(UNARY)(b"", timeout=60)
         async with gateways.running(pool(f"dns:///ocr-cpu:{port}"), wait=False, **settings) as gateway:
             await gateway.until(lambda: all(p.count(State.UNREACHABLE) == 1 for p in gateway.fleet.pools))
         async with gateways.running(
             pool(f"127.0.0.1:{port}"), services_tls_name="ocr-cuda", services_tls=str(gateway_folder)
         ) as gateway:
-            await gateway.channel.unary_unary(UNARY)(b"", timeout=20)
+            await gateway.channel.unary_unary(UNARY)(b"", timeout=60)
 
 
 async def test_all_certificates_renewed_by_another_authority(authority: Authority, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ async def test_all_certificates_renewed_by_another_authority(authority: Authorit
             caller = credentials(renewed.folder(tmp_path / "caller", "caller"))
             assert await who(gateway.server.port, caller) == "certificate/caller"
         # A service that knows nothing but the new ones, as after a restart.
-        async with serving(service_folder, port=port), asyncio.timeout(20):
+        async with serving(service_folder, port=port), asyncio.timeout(60):
             await gateway.until(lambda: all(p.count(State.READY) == 1 for p in gateway.fleet.pools))
             assert await who(gateway.server.port, caller, wait_for_ready=True) == "certificate/caller"
 
@@ -157,9 +157,9 @@ async def test_calls_under_way_survive_a_renewal(path: str) -> None:
 
         async def call(request: bytes) -> bytes:
             if path == UNARY:
-                answer: bytes = await gateway.channel.unary_unary(path)(request, timeout=20)
+                answer: bytes = await gateway.channel.unary_unary(path)(request, timeout=60)
             else:
-                answer = await gateway.channel.unary_stream(path)(request, timeout=20).read()
+                answer = await gateway.channel.unary_stream(path)(request, timeout=60).read()
             return answer
 
         held = asyncio.create_task(call(b"hold"))

@@ -53,7 +53,7 @@ def access(tmp_path: Path) -> str:
 async def outcome(gateway: Gateway, token: str) -> str:
     """The code that a call ends with."""
     try:
-        await gateway.channel.unary_unary(UNARY)(b"", metadata=(("authorization", f"Bearer {token}"),), timeout=20)
+        await gateway.channel.unary_unary(UNARY)(b"", metadata=(("authorization", f"Bearer {token}"),), timeout=60)
     except grpc.aio.AioRpcError as error:
         return str(error.code().name)
     return "OK"

@@ -443,7 +443,7 @@ async def until_idle(service: Service) -> None:
     """Return when nothing of any document is left, neither in the engine nor beside it."""
     host = service.server.host
     assert host is not None
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while (  # noqa: ASYNC110 - nobody is told of a slot that becomes free
             host.admission.running_count
             or host.admission.waiting_count

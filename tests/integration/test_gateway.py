@@ -234,8 +234,9 @@ async def test_the_deadline_is_passed_on_earlier_by_the_margin(backend: Backend)
 
 async def test_a_deadline_that_passes_ends_the_call_at_the_endpoint(backend: Backend, gateway: Gateway) -> None:
     backend.behaviour = forever
-    error = await outcome(gateway.channel.unary_unary(UNARY)(b"a", timeout=0.5))
-    assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    recognize = gateway.channel.unary_unary(UNARY)
+    call = await backend.reached(lambda deadline_s: recognize(b"a", timeout=deadline_s), 0.5)
+    assert (await outcome(call)).code() is grpc.StatusCode.DEADLINE_EXCEEDED
     await backend.cancelled.wait()
 
 

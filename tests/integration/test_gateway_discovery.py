@@ -47,7 +47,7 @@ async def until_at(gateway: Gateway, *hosts: str) -> None:
         ready = [e.address.rpartition(":")[0] for e in reads.endpoints if e.state is State.READY]
         return len(ready) == len(reads.endpoints) and sorted(ready) == sorted(hosts)
 
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await gateway.until(there)
 
 

@@ -50,8 +50,9 @@ async def test_it_serves_the_file_it_is_given_and_drains_on_sigterm(tmp_path: Pa
         try:
             address = (await until_event(process, "listening"))["address"]
             async with grpc.aio.insecure_channel(address) as channel:
-                if (await until_event(process, "endpoint"))["state"] == "ready":
-                    assert await channel.unary_unary(UNARY)(b"a") == b"a"
+                while (await until_event(process, "endpoint"))["state"] != "ready":
+                    pass
+                assert await channel.unary_unary(UNARY)(b"a") == b"a"
             assert only.call_count == 1
             assert psutil.Process(process.pid).memory_info().rss < 150e6
         finally:

@@ -167,7 +167,7 @@ async def test_the_running_gateway_follows_its_file_and_says_which_it_uses(tmp_p
     path = tmp_path / "gateway.yaml"
     async with backends(2) as (first, second):
         path.write_text(json.dumps({"pools": [pool("a", first)]}))
-        async with serving(path) as server, asyncio.timeout(20):
+        async with serving(path) as server, asyncio.timeout(60):
             address = f"127.0.0.1:{server.port}"
             began = await configuration(address)
             assert (began.file, began.error) == (str(path), "")

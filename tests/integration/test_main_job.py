@@ -1,11 +1,13 @@
 """The main job, end to end: services on the embedded models as processes, the gateway in front, SDK and CLI outside."""
 
+import contextlib
 import csv
 import io
 import json
 import os
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -206,14 +208,21 @@ def test_the_command_line_reads_documents_and_embeds(
     assert numpy.load(array).shape[0] == 2
 
 
-def inkwell_processes() -> set[int]:
-    return {p.pid for p in psutil.process_iter(["cmdline"]) if "services." in " ".join(p.info["cmdline"] or [])}
+def started_with(variable: str) -> list[psutil.Process]:
+    """The processes that have this environment variable, all of which others cannot have started."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):  # it ended while it was looked at, or is nobody's business
+            if variable in process.environ():
+                found.append(process)
+    return found
 
 
 def test_the_demo_ends_well_and_leaves_nothing_running() -> None:
-    before = inkwell_processes()
-    demo = subprocess.run([sys.executable, "-m", "services.local", "demo"], capture_output=True, text=True, check=False)
+    mark = f"DEMO_{uuid.uuid4().hex}"
+    command = [sys.executable, "-m", "services.local", "demo"]
+    demo = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, mark: "1"})
     assert demo.returncode == 0, demo.stdout + demo.stderr
     assert (local.DEMO_OUTPUT / "grinning-face.png").exists()
     assert "build/demo/grinning-face.png" in demo.stdout
-    assert inkwell_processes() <= before
+    assert started_with(mark) == []

@@ -106,7 +106,7 @@ async def until_engine_idle(service: Service) -> None:
     """Return when the engine holds no call; it says so within one step."""
     host = service.server.host
     assert host is not None
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         # Nobody is told of a slot that becomes free.
         while host.admission.running_count or host.admission.waiting_count:  # noqa: ASYNC110
             await asyncio.sleep(0.005)

@@ -532,7 +532,7 @@ async def test_a_cancelled_embed_leaves_nothing_in_the_engine(service: Service) 
     call.cancel()
     host = service.server.host
     assert host is not None
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while host.admission.running_count or host.admission.waiting_count:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
     assert (await embed(service, [png()])).embeddings.shape == [1, 24]

@@ -116,7 +116,7 @@ async def test_every_change_is_told_once_to_every_watcher() -> None:
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel, asyncio.timeout(10):
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel, asyncio.timeout(60):
             stub = endpoint_pb2_grpc.EndpointServiceStub(channel)
             watches = [stub.WatchReport(endpoint_pb2.WatchReportRequest()) for _ in range(2)]
             for watch in watches:
@@ -146,7 +146,7 @@ async def test_a_report_is_made_again_when_asked_for_and_survives_a_failure() ->
             raise OSError("the folder is gone")
         return endpoint_pb2.Report(runtimes=[str(made)])
 
-    async with reporter.following(describe), asyncio.timeout(10):
+    async with reporter.following(describe), asyncio.timeout(60):
         for count in (1, 2, 3):
             await asked.wait()
             asked.clear()

@@ -60,7 +60,7 @@ async def who(server: ServiceServer, creds: grpc.ChannelCredentials | None, said
     channel = grpc.aio.secure_channel(target, creds, options) if creds else grpc.aio.insecure_channel(target, options)
     async with channel:
         metadata = ((identity.CALLER_KEY, said),) if said is not None else ()
-        answer = await channel.unary_unary(PATH)(b"", metadata=metadata, timeout=10)
+        answer = await channel.unary_unary(PATH)(b"", metadata=metadata, timeout=60)
         return wrappers_pb2.StringValue.FromString(answer).value
 
 
@@ -131,9 +131,9 @@ async def test_a_connection_outlives_the_certificate_it_began_with(authority: Au
         grpc.aio.secure_channel(f"localhost:{server.port}", credentials(server_folder)) as channel,
     ):
         call = channel.unary_unary(PATH)
-        await call(b"", timeout=10)
+        await call(b"", timeout=60)
         Authority("renewed").folder(server_folder, "localhost")
-        await call(b"", timeout=10)
+        await call(b"", timeout=60)
 
 
 @pytest.mark.parametrize(

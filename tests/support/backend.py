@@ -84,6 +84,22 @@ class Backend(grpc.GenericRpcHandler):  # type: ignore[misc]
         status = health_pb2.HealthCheckResponse
         await self._health.set("readiness", status.SERVING if ready else status.NOT_SERVING)
 
+    async def reached(self, begin: Callable[[float], Any], deadline_s: float) -> Any:
+        """A call that `begin` made with that deadline, and that has arrived here.
+
+        One whose deadline passed on its way, on a machine that is busy, is made again with twice the time.
+        """
+        while True:
+            call, ended = begin(deadline_s), asyncio.Event()
+            call.add_done_callback(lambda _, ended=ended: ended.set())
+            waits = [asyncio.create_task(event.wait()) for event in (self.entered, ended)]
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for wait in waits:
+                wait.cancel()
+            if self.entered.is_set():
+                return call
+            deadline_s *= 2
+
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
         arity = _ARITIES.get(handler_call_details.method)
         if arity is None:

@@ -9,12 +9,13 @@ shared memory, and the protocol.
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from services.local import free_ports
 
 # Says where it is installed; without it the tests that use it are skipped.
 VARIABLE = "INKWELL_TRITONSERVER"
@@ -59,9 +60,7 @@ def serving(repository: Path, scratch: Path) -> Iterator[str]:
     stub = _server(folder).parent.parent / "python_backend_stubs" / "3.11" / "triton_python_backend_stub"
     shutil.copy(stub, backends / "python")
     shutil.copytree(_BACKEND, backends / "onnxruntime")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     environment = {
         "PATH": f"{folder / 'bin'}:/usr/bin:/bin",
         "PYTHONPATH": str(packages),

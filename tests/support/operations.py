@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from services.kit.metrics import Metrics
 from services.kit.operations import Kind, Operations, OperationsSettings, Progress, Running, Say, Started, register
 from services.kit.operations.servicer import to_message
 from services.kit.server import ServiceServer, run
+from services.local import free_ports
 from tests.support.child_work import Answer, Step, Todo
 
 SERVICE = "test"
@@ -157,9 +157,7 @@ class ServiceProcess:
     process: asyncio.subprocess.Process | None = None
 
     def __post_init__(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        (self.port,) = free_ports(1)
 
     async def start(self) -> None:
         """Returns once it listens; raises AssertionError with its output when it does not."""

@@ -4,13 +4,14 @@ import contextlib
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
+
+from services.local import free_ports
 
 
 @dataclass
@@ -48,9 +49,7 @@ def postgres() -> Iterator[Postgres]:
         if user is not None:
             account = pwd.getpwnam(user)
             os.chown(folder, account.pw_uid, account.pw_gid)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            server = Postgres(folder, free.getsockname()[1], user)
+        server = Postgres(folder, free_ports(1)[0], user)
         server.run("initdb", "-D", "data", "-U", "inkwell", "-A", "trust", "--no-sync")
         server.start()
         try:

@@ -71,7 +71,7 @@ def finetune_in_children(*arguments: str, processes: int) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=170,
+        timeout=290,  # before that of pytest, to say what it printed
         check=False,
     )
     assert done.returncode == 0, done.stdout

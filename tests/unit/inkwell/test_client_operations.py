@@ -15,7 +15,7 @@ from inkwell.operations.v1 import operations_pb2 as watch_pb2
 from inkwell.operations.v1 import operations_pb2_grpc as watch_pb2_grpc
 
 NAME = "operations/test/1"
-TIMEOUT_S = 30.0
+TIMEOUT_S = 90.0
 Number = wrappers_pb2.Int64Value
 
 
