@@ -146,8 +146,9 @@ async def test_who_gives_up_waiting_leaves_no_trace() -> None:
 
 
 async def test_a_deadline_that_passes_while_waiting_is_told_as_such() -> None:
-    async with backends(1) as (only,), full(only, deadline_margin_ms=500) as (gateway, _turnstile, _first):
-        error = await outcome(gateway.channel.unary_unary(UNARY)(b"a", timeout=1.0))
+    async with backends(1) as (only,), full(only, deadline_margin_ms=10_000) as (gateway, _turnstile, _first):
+        # With the margin there are ten seconds to say so, and one to wait.
+        error = await outcome(gateway.channel.unary_unary(UNARY)(b"a", timeout=11))
         assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         assert detail(error, error_details_pb2.ErrorInfo()).reason == "DEADLINE_TOO_SHORT"
         assert "for a place in pool ocr-cpu" in (error.details() or "")
@@ -371,7 +372,7 @@ async def test_what_is_offered_beyond_capacity_is_refused_at_the_door_and_comes_
                 nonlocal done
                 while done < 60:
                     try:
-                        await gateway.channel.unary_unary(UNARY)(b"a", timeout=30)
+                        await gateway.channel.unary_unary(UNARY)(b"a", timeout=60)
                         done += 1
                     except grpc.aio.AioRpcError as error:
                         assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED  # noqa: PT017 - nothing else is

@@ -80,7 +80,7 @@ async def running(
         ) as channel:
             gateway = Gateway(server, fleet, channel)
             if wait:
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(60):
                     await gateway.until(
                         lambda: all(p.endpoints and p.count(State.READY) == len(p.endpoints) for p in fleet.pools)
                     )

@@ -24,7 +24,7 @@ from services.kit import errors, faults
 from tests.unit.inkwell.fake_documents import DocumentServicer, pen
 from tests.unit.inkwell.fake_painting import PaintingServicer
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 90.0
 
 
 class InkwellServer:
