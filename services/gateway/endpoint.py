@@ -93,9 +93,10 @@ class ChannelOptions:
 class Endpoint:
     """One address of one pool. Made and used on one event loop.
 
-    on_change: called with the endpoint after its state changed. on_failure: after a call failed in a way that speaks
-    against it, while it says that it is ready. load_interval_s: seconds between the load reports that are asked of it.
-    misplaced: why an endpoint with this report may not be used here, "" if it may.
+    on_change: called with the endpoint after its state changed, or how many calls it says it works on at a time.
+    on_failure: after a call failed in a way that speaks against it, while it says that it is ready. load_interval_s:
+    seconds between the load reports that are asked of it. misplaced: why an endpoint with this report may not be used
+    here, "" if it may.
     """
 
     def __init__(
@@ -287,7 +288,10 @@ class Endpoint:
                     self._heard(load, in_flight)
 
     def _heard(self, load: orca.Load, in_flight: int) -> None:
-        self.load, self.heard_at, self.in_flight_then = load, time.monotonic(), in_flight
+        before, self.load = self.load, load
+        self.heard_at, self.in_flight_then = time.monotonic(), in_flight
+        if before is None or before.slots != load.slots or (load.call_s and not before.call_s):
+            self._on_change(self)
 
     async def _follow_load(self) -> None:
         # Beside the trailers of calls: those say nothing of an endpoint that is given none, and its load may be other

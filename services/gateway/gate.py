@@ -7,12 +7,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from services.gateway.fairness import FairQueue, Waiting
-from services.gateway.limiter import AdaptiveLimit
+from services.gateway.growth import TOGETHER_S, Growth
+from services.gateway.limiter import NOTHING_SAID, AdaptiveLimit, Said
 from services.kit import faults
 from services.kit.admission import Priority
 
 # Of a call's own time, how long a call may have to wait in overload.
 OVERLOAD_SHARE = 0.25
+# By so many calls a queue has to grow, and by so many times the limit, for its growth to say anything.
+_GROWS_LEAST = 12
+_GROWS_TIMES = 2
+# That of all callers has to grow so much longer and by so many more, so that one who asks too much is found before.
+_OF_ALL = 1.25
 _MOST_OVERLOADING = 1000  # callers that are remembered to ask too much; with more, all do
 _RETRY_LEAST_S = 0.1
 _RETRY_MOST_S = 30.0
@@ -24,12 +30,12 @@ class Bounds:
     """What a gate lets wait.
 
     queue_limit: calls that may wait. wait_s: the longest that a call is expected to wait. overload_ends_s: a caller
-    whose calls came to one of these bounds, or every caller if all together did, asks for more than there is. From
-    then on only those calls are let in that will wait for OVERLOAD_SHARE of the time a call takes, until no call has
-    waited for so many seconds. (As the controlled delay of B. Maurer, "Fail at Scale", ACM Queue 2015, but checked at
-    the door, so that who is refused is refused at once; and a queue that stays below its bounds is no overload: so
-    many callers that each wait for their answer make one, and want it.) ageing_s: see FairQueue. stream_limit: calls
-    whose requests are a stream that may be under way.
+    whose queue went on growing (services.gateway.growth), or whose calls came to one of these bounds, asks for more
+    than there is; every caller does if all together did so. From then on only those calls are let in that will wait
+    for OVERLOAD_SHARE of the time a call takes, until no call has waited for so many seconds. (As the controlled delay
+    of B. Maurer, "Fail at Scale", ACM Queue 2015, but checked at the door, so that who is refused is refused at once;
+    and a queue that only stays is no overload: so many callers that each wait for their answer make one, and want it.)
+    ageing_s: see FairQueue. stream_limit: calls whose requests are a stream that may be under way.
     """
 
     queue_limit: int = 256
@@ -78,6 +84,9 @@ class Gate:
         self._queue = FairQueue(clock=clock, ageing_s=bounds.ageing_s)
         self._tickets: dict[int, Ticket] = {}  # those that wait, by number
         self._mean_s: float | None = None  # that a call takes, once inside
+        self._said_s = 0.0  # as above by what the endpoints say; 0 if they do not
+        self._growth: dict[str, Growth] = {}  # by caller, of those who wait
+        self._growth_of_all = Growth()
         self._overloading: set[str] = set()  # callers
         self._overloaded = False  # all are
         self._empty_since: float | None = clock()  # since when no call waits; None while some do
@@ -97,10 +106,12 @@ class Gate:
         """Whether a call could go in without waiting."""
         return not self._tickets and self.under_way < self.limit
 
-    def set_endpoints(self, ready: int, floor: int = 0) -> None:
-        """That many endpoints are ready now, and say that they work on `floor` calls at a time, together."""
+    def set_endpoints(self, ready: int, said: Said = NOTHING_SAID) -> None:
+        """That many endpoints are ready now, and this is what they say of themselves."""
         self.endpoints = ready
-        self.adaptive.scale(ready, floor)
+        self.adaptive.scale(ready, said)
+        # What they say is of a call in a slot; of as many as the limit lets in, some wait there for one.
+        self._said_s = said.call_s * max(1.0, self.adaptive.limit / said.slots) if said.slots else 0.0
 
     def enter(
         self,
@@ -126,15 +137,17 @@ class Gate:
                 raise self._refused(
                     "TOO_MANY_STREAMS",
                     f"{self.streams} streams are open to pool {self.pool} and the limit is {self._bounds.stream_limit}",
-                    self._mean_s or 0.0,
+                    self._takes_s,
                 )
             return self._let_in(ticket, now)
         if self.has_room:
             return self._let_in(ticket, now)
         if not admitted:
+            self._look_at_growth(caller, now)
             self._check(caller, priority, time_left_s)
         ticket.waiting = self._queue.enter(caller, priority)
         self._tickets[ticket.waiting.number] = ticket
+        self._growth.setdefault(caller, Growth())
         self._note(now)
         return ticket
 
@@ -155,7 +168,7 @@ class Gate:
         now = self._clock()
         ticket = self._tickets.pop(waiting.number)
         ticket.waiting = None
-        self._note(now)
+        self._left_queue(ticket.caller, now)
         return self._let_in(ticket, now)
 
     def leave(self, ticket: Ticket, *, completed: bool = False) -> None:
@@ -168,7 +181,7 @@ class Gate:
             self._queue.leave(ticket.waiting)
             del self._tickets[ticket.waiting.number]
             ticket.waiting = None
-            self._note(now)
+            self._left_queue(ticket.caller, now)
         elif ticket.inside:
             ticket.inside = False
             if not ticket.counted:
@@ -188,9 +201,14 @@ class Gate:
 
     def expected_wait_s(self, caller: str, priority: Priority) -> float:
         """How long a new call of that caller would wait; 0 while nothing is known of how long calls take."""
-        if self._mean_s is None or not self.limit:
+        if not self.limit:
             return 0.0
-        return (self._queue.ahead_of(caller, priority) + 1) * self._mean_s / self.limit
+        return (self._queue.ahead_of(caller, priority) + 1) * self._takes_s / self.limit
+
+    @property
+    def _takes_s(self) -> float:
+        # That a call takes, once inside; 0 while nothing is known of it.
+        return self._mean_s if self._mean_s is not None else self._said_s
 
     def _check(self, caller: str, priority: Priority, time_left_s: float | None) -> None:
         bounds = self._bounds
@@ -225,8 +243,8 @@ class Gate:
             )
         longest = bounds.wait_s
         overload = self._overloaded or caller in self._overloading
-        if overload and self._mean_s is not None:
-            longest = min(longest, OVERLOAD_SHARE * self._mean_s)
+        if overload and self._takes_s:
+            longest = min(longest, OVERLOAD_SHARE * self._takes_s)
         # Whoever would be next is let wait in any case, so that there is one when a place becomes free.
         if expected > longest and self._queue.ahead_of(caller, priority):
             self._asks_too_much(caller)
@@ -253,9 +271,28 @@ class Gate:
             self.streams += 1
         return ticket
 
+    def _look_at_growth(self, caller: str, now: float) -> None:
+        # A pool that wakes, or whose calls nobody knows, may be waited for by any number.
+        takes_s, limit = self._takes_s, self.limit
+        if self._overloaded or caller in self._overloading or not takes_s or not limit:
+            return
+        for_s, by = max(TOGETHER_S, OVERLOAD_SHARE * takes_s), max(_GROWS_LEAST, _GROWS_TIMES * limit)
+        own = self._growth.get(caller)  # None for the first that waits
+        if own is not None and own.goes_on(self._queue.waiting_of(caller) + 1, now, for_s=for_s, by=by):
+            self._asks_too_much(caller)
+            return
+        waiting = len(self._queue) + 1 - sum(map(self._queue.waiting_of, self._overloading))
+        self._overloaded = self._growth_of_all.goes_on(waiting, now, for_s=_OF_ALL * for_s, by=_OF_ALL * by)
+
+    def _left_queue(self, caller: str, now: float) -> None:
+        if not self._queue.waiting_of(caller):
+            self._growth.pop(caller, None)
+        self._note(now)
+
     def _note(self, now: float) -> None:
         # A break shorter than overload_ends_s is none.
         if not self._tickets:
+            self._growth_of_all = Growth()
             if self._empty_since is None:
                 self._empty_since = now
         elif self._empty_since is not None:

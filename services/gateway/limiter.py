@@ -28,7 +28,7 @@ _QUEUED = 0.88
 _PROBE_SOON = 4
 _PROBE_EVERY = 20
 _CLEARLY = 0.8
-_BEGIN = 1.5  # times what the endpoints work on at a time
+_SAID = 1.5  # times what the endpoints say they work on at a time: where the limit begins, and no more than that
 _GROW = 1.05  # a window
 _SHRINK_MOST = 0.7  # a window
 _BACK_OFF = 0.9  # when an endpoint said that it is full itself
@@ -38,6 +38,22 @@ _LEAST_SAMPLES = 16
 _MOST_SAMPLES = 128
 _LEAST_SECONDS = 0.25
 _NO_NOISE = 0.25  # a difference of logarithms that is more than chance
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """What the ready endpoints of a pool say of themselves, together.
+
+    slots: calls that they work on at a time; 0 if none says so. all_said: none has left it open. call_s: seconds that a
+    call takes in a slot, in the mean; 0 while not known.
+    """
+
+    slots: int = 0
+    all_said: bool = False
+    call_s: float = 0.0
+
+
+NOTHING_SAID = Said()
 
 
 @dataclass(slots=True)
@@ -66,6 +82,7 @@ class AdaptiveLimit:
         self._clock = clock
         self._endpoints = 1
         self._floor = 0
+        self._ceiling = math.inf
         self._exact = float(initial)
         self._base: dict[str, float] = {}  # by method: log of the seconds that a call takes without a queue
         self._probing = False
@@ -87,21 +104,22 @@ class AdaptiveLimit:
         """Whether the limit is lowered just now to measure."""
         return self._probing
 
-    def scale(self, endpoints: int, floor: int = 0) -> None:
+    def scale(self, endpoints: int, said: Said = NOTHING_SAID) -> None:
         """The pool now has that many endpoints; a limit for none stays what it was for the last.
 
-        floor: calls that the endpoints say they work on at a time, together; the limit is never less. As long as
-        nothing has been measured, it says where to begin, too.
+        The limit is never less than the calls that they say they work on at a time. As long as nothing has been
+        measured, it begins at 1.5 times that; and if all have said it the limit is never more, whatever was measured
+        or guessed before they did: what is beyond that can only wait there, and is more easily refused here.
         """
-        self._floor = floor
+        self._floor = floor = said.slots
+        self._ceiling = math.ceil(_SAID * floor) if said.all_said else math.inf
         if endpoints and endpoints != self._endpoints:
             self._exact *= endpoints / self._endpoints
             self._endpoints = endpoints
-            self._clamp()
             self._begin_window(probing=False)
         if floor and not self._base and self._backed_off_at == -math.inf:
-            self._exact = _BEGIN * floor
-            self._clamp()
+            self._exact = _SAID * floor
+        self._clamp()
 
     def sample(self, method: str, *, began: float, seconds: float, under_way: int, waiting: int) -> None:
         """A call was answered.
@@ -194,7 +212,8 @@ class AdaptiveLimit:
         self._window = _Window(self._clock(), settled=not lower)
 
     def _clamp(self) -> None:
-        self._exact = min(max(self._exact, self._least * self._endpoints), self._most * self._endpoints)
+        most = min(self._most * self._endpoints, self._ceiling)
+        self._exact = max(min(self._exact, most), self._least * self._endpoints)
 
 
 def _means(window: _Window) -> dict[str, float]:

@@ -17,7 +17,7 @@ from prometheus_client.registry import Collector
 from services.gateway.budget import RetryBudget
 from services.gateway.endpoint import Endpoint, State
 from services.gateway.gate import Bounds, CallerBound, Gate, Ticket
-from services.gateway.limiter import AdaptiveLimit
+from services.gateway.limiter import AdaptiveLimit, Said
 from services.gateway.pools import Fleet, Pool, none_ready
 from services.gateway.settings import Settings
 from services.gateway.tiers import Tiers
@@ -180,7 +180,7 @@ class Overload:
 
     def _count_ready(self, door: _Door, ready: int, *, gone: bool = False) -> None:
         before = door.gate.endpoints
-        door.gate.set_endpoints(ready, _slots(door.pool))
+        door.gate.set_endpoints(ready, _said(door.pool))
         if not door.waiters:
             return
         self._pump(door)
@@ -236,8 +236,6 @@ class Overload:
         door = self._door(endpoint.pool)
         if door.gate.has_room:
             return door, endpoint
-        # What endpoints say they work on at a time changes with what they load; it matters only now.
-        door.gate.set_endpoints(door.gate.endpoints, _slots(door.pool))
         for tier in tiers:
             if any(p.name == door.pool.name for p in tier):
                 beside = tuple(p for p in tier if p.name != door.pool.name and self._door(p.name).gate.has_room)
@@ -336,9 +334,15 @@ def _is_waking(pool: Pool) -> bool:
     return all(e.state in (State.CONNECTING, State.NOT_READY) and not e.was_ready for e in pool.endpoints)
 
 
-def _slots(pool: Pool) -> int:
-    # What the endpoints that are ready say they work on at a time, together.
-    return sum(e.load.slots for e in pool.endpoints if e.state is State.READY and e.load is not None)
+def _said(pool: Pool) -> Said:
+    ready = [e for e in pool.endpoints if e.state is State.READY]
+    loads = [e.load for e in ready if e.load is not None]
+    call_s = [load.call_s for load in loads if load.call_s]
+    return Said(
+        slots=sum(load.slots for load in loads),
+        all_said=len(loads) == len(ready) > 0,
+        call_s=sum(call_s) / len(call_s) if call_s else 0.0,
+    )
 
 
 class _DoorCollector(Collector):

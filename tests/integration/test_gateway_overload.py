@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.integration.test_gateway import detail, outcome
 from tests.integration.test_gateway_routing import backends, served_by
 from tests.support.backend import BIDI, SERVER_STREAM, UNARY, Backend
 from tests.support.gateway import Gateway, pool, running
+from tests.support.reporting import IDLE, Reporting
 
 GET_OPERATION = "/google.longrunning.Operations/GetOperation"
 
@@ -258,6 +260,25 @@ async def test_an_endpoint_that_is_full_itself_is_given_fewer_at_a_time() -> Non
         await gateway.idle()
         assert value(gateway, "inkwell_gateway_limit", pool="ocr-cpu") == 90
         assert only.call_count == 1
+
+
+async def test_an_endpoint_that_says_how_much_it_works_on_is_given_little_more_however_much_was_guessed() -> None:
+    turnstile = Turnstile()
+    only = await Reporting(dataclasses.replace(IDLE, slots=2), behaviour=turnstile).start()
+    try:
+        async with running(pool("ocr-cpu", only), limit_initial=64) as gateway:
+            await gateway.until(lambda: value(gateway, "inkwell_gateway_limit", pool="ocr-cpu") == 3)
+            calls = [gateway.channel.unary_unary(UNARY)(b"%d" % i) for i in range(5)]
+            await turnstile.until(3)
+            await until_waiting(gateway, 2)
+            assert only.call_count == 3
+            only.say(dataclasses.replace(IDLE, slots=4))  # it has loaded another model
+            await turnstile.until(5)
+            for _ in calls:
+                turnstile.let_go()
+            await asyncio.gather(*calls)
+    finally:
+        await only.stop()
 
 
 async def test_calls_for_a_pool_at_zero_wait_while_it_wakes() -> None:

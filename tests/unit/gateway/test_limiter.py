@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.gateway.limiter import AdaptiveLimit
+from services.gateway.limiter import AdaptiveLimit, Said
 from tests.support.clock import Clock
 
 
@@ -100,14 +100,34 @@ def test_a_server_that_works_on_more_at_once_is_given_more_at_once() -> None:
 def test_what_the_endpoints_say_they_work_on_at_a_time_is_never_withheld() -> None:
     clock = Clock()
     limit = make(clock, initial=64)
-    limit.scale(1, floor=16)
+    limit.scale(1, Said(slots=16))
     assert limit.limit == 24  # where to begin
     for _ in range(20):
         clock.now += 1
         limit.overloaded()
     assert limit.limit == 16
-    limit.scale(2, floor=32)
+    limit.scale(2, Said(slots=32))
     assert limit.limit == 32
+
+
+def test_what_was_guessed_or_learned_before_the_endpoints_spoke_is_given_up_for_what_they_say() -> None:
+    clock = Clock()
+    limit = make(clock, initial=64)
+    simulate(limit, clock, slots=lambda _: 4, seconds=jitter(0.05), for_s=60, offered=3)
+    assert limit.limit == 64
+    limit.scale(1, Said(slots=4, all_said=True))
+    assert limit.limit == 6
+    seen = simulate(limit, clock, slots=lambda _: 4, seconds=jitter(0.05), for_s=60)
+    assert seen.goodput >= 0.98 * 4 / 0.05
+    assert seen.limit <= 6
+
+
+def test_one_endpoint_that_says_nothing_leaves_the_limit_open_above() -> None:
+    clock = Clock()
+    limit = make(clock, initial=64)
+    simulate(limit, clock, slots=lambda _: 4, seconds=jitter(0.05), for_s=60, offered=3)
+    limit.scale(2, Said(slots=4))
+    assert limit.limit == 128
 
 
 def test_a_server_that_becomes_slower_and_faster_is_followed() -> None:
