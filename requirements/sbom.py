@@ -29,7 +29,7 @@ def _component(distribution: Distribution) -> dict[str, Any]:
     name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"]).lower()
     # A local version's "+" is not allowed as it is in a package URL.
     package_url = f"pkg:pypi/{name}@{distribution.version.replace('+', '%2B')}"
-    component = {
+    component: dict[str, Any] = {
         "type": "library",
         "name": name,
         "version": distribution.version,
@@ -37,9 +37,8 @@ def _component(distribution: Distribution) -> dict[str, Any]:
         "bom-ref": package_url,
     }
     # An SPDX expression (PEP 639); older metadata has free text, which is not one.
-    expression = distribution.metadata.get("License-Expression")
-    if expression:
-        component["licenses"] = [{"expression": expression}]
+    if "License-Expression" in distribution.metadata:
+        component["licenses"] = [{"expression": distribution.metadata["License-Expression"]}]
     return component
 
 

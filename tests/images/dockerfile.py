@@ -84,7 +84,7 @@ def parse(text: str) -> Dockerfile:
     current: Stage | None = None
     for line in _lines(text):
         word, rest = line.split(maxsplit=1)
-        flags = dict(found.groups() for found in re.finditer(r"(?:^|\s)--(\w+)=(\S+)", _leading_flags(rest)))
+        flags = {found[1]: found[2] for found in re.finditer(r"--(\w+)=(\S+)", _leading_flags(rest))}
         instruction = Instruction(word.upper(), flags, rest[len(_leading_flags(rest)) :].strip())
         if instruction.word == "FROM":
             base, as_, name = instruction.text.split()
