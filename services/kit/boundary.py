@@ -40,6 +40,11 @@ _FOR_ALL = "/grpc.health."
 Guard = Callable[[str, grpc.aio.ServicerContext], Awaitable[None]]
 
 
+# A caller that is refused while it sends a stream of requests: the refusal waits for it to be silent for so long …
+_PAUSE_S = 0.1
+# … and not longer than this.
+_HEARD_OUT_WITHIN_S = 1.0
+
 _HANDLERS_MOST = 256  # kept wrapped; callers make paths up
 
 
@@ -60,17 +65,23 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self._metrics = metrics
         self._max_message_bytes = max_message_bytes
         self._admission = admission
-        self._in_flight = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._admitted = _Calls()
+        self._refused = _Calls()  # because they came while the server drains
         self.draining = False
         # By method, what was wrapped and the wrapped: every call of a method brings the same handler, as a rule.
         self._handlers: dict[str, tuple[grpc.RpcMethodHandler, grpc.RpcMethodHandler]] = {}
         self.guard: Guard | None = None
 
     async def wait_idle(self) -> None:
-        """Return when every handler has ended, its `finally` blocks included."""
-        await self._idle.wait()
+        """Return when every handler has ended, its `finally` blocks included.
+
+        Not waited for are calls that the drain refuses: callers that come again at once would never let it end.
+        """
+        await self._admitted.none.wait()
+
+    async def wait_refused(self) -> None:
+        """Return when every call that the drain refuses has been told so."""
+        await self._refused.none.wait()
 
     async def intercept_service(
         self,
@@ -126,9 +137,10 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         deserializer = self._guarded(handler.request_deserializer)
 
         async def to_one(request: Any, context: grpc.aio.ServicerContext) -> Any:
-            async with self._call(method, context):
+            requests = _Requests(request) if handler.request_streaming else None
+            async with self._call(method, context, requests):
                 behaviour = handler.stream_unary if handler.request_streaming else handler.unary_unary
-                reply = await behaviour(_checked(request, handler.request_streaming), context)
+                reply = await behaviour(_checked(request) if requests is None else requests.checked(), context)
                 labels = current_labels.get()
                 if labels.served and not labels.header_sent:
                     # Fails when the caller is gone, and grpc.aio is about to cancel this handler for it.
@@ -137,9 +149,10 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 return reply
 
         async def to_stream(request: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-            async with self._call(method, context):
+            requests = _Requests(request) if handler.request_streaming else None
+            async with self._call(method, context, requests):
                 behaviour = handler.stream_stream if handler.request_streaming else handler.unary_stream
-                produced = behaviour(_checked(request, handler.request_streaming), context)
+                produced = behaviour(_checked(request) if requests is None else requests.checked(), context)
                 if hasattr(produced, "__aiter__"):
                     # Closing it here runs the handler's `finally` blocks before the call counts as over.
                     async with contextlib.aclosing(produced):
@@ -157,7 +170,9 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return make(to_stream if handler.response_streaming else to_one, deserializer, handler.response_serializer)
 
     @contextlib.asynccontextmanager
-    async def _call(self, method: str, context: grpc.aio.ServicerContext) -> AsyncIterator[None]:
+    async def _call(
+        self, method: str, context: grpc.aio.ServicerContext, requests: "_Requests | None"
+    ) -> AsyncIterator[None]:
         began = time.monotonic()
         # Asked now: a stream that its caller left may be closed after grpc has freed the call, and the context's
         # methods then read freed memory (a segmentation fault of grpcio 1.85 was traced to `peer`).
@@ -170,8 +185,8 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         current_labels.set(labels)
         structlog.contextvars.bind_contextvars(request_id=request_id)
         code = "OK"
-        self._in_flight += 1
-        self._idle.clear()
+        calls = self._refused if self.draining else self._admitted
+        calls.begin()
         self._metrics.in_flight.inc()
         try:
             if self.draining:
@@ -188,6 +203,8 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             raise
         except Fault as fault:
             code = errors.CODES[fault.data.kind].name
+            if requests is not None:
+                await requests.hear_out()
             await errors.abort(context, fault, self._load())
         except grpc.aio.AbortError:
             code = _code_name(context.code())
@@ -219,9 +236,7 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 peer=peer,
                 caller=current_caller.get() or None,
             )
-            self._in_flight -= 1
-            if self._in_flight == 0:
-                self._idle.set()
+            calls.end()
 
     def _load(self) -> tuple[tuple[str, bytes], ...]:
         return () if self._admission is None else orca.trailers(self._admission)
@@ -252,19 +267,62 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return deserialize
 
 
-def _checked(request: Any, streaming: bool) -> Any:
-    if streaming:
-        return _checked_stream(request)
+def _checked(request: Any) -> Any:
     if isinstance(request, _BadMessage):
         raise request.fault
     return request
 
 
-async def _checked_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    async for request in requests:
-        if isinstance(request, _BadMessage):
-            raise request.fault
-        yield request
+class _Calls:
+    """How many calls of one kind there are."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self.none = asyncio.Event()
+        self.none.set()
+
+    def begin(self) -> None:
+        self._count += 1
+        self.none.clear()
+
+    def end(self) -> None:
+        self._count -= 1
+        if self._count == 0:
+            self.none.set()
+
+
+class _Requests:
+    """A caller's stream of requests, as grpc.aio gives it."""
+
+    def __init__(self, received: AsyncIterator[Any]) -> None:
+        self._received = received
+        self._reading = False  # stays so when a read is cancelled: what grpc.aio gave is spent then
+
+    async def checked(self) -> AsyncIterator[Any]:
+        """Each request; raises the Fault of one that could not be taken in."""
+        while (request := await self._read()) is not None:
+            yield _checked(request)
+
+    async def hear_out(self) -> None:
+        """Drop what the caller still says until it is done or pauses, unless somebody else listens.
+
+        A call that ends while its caller writes ends INTERNAL, "Internal error from Core", in a caller that uses
+        grpc.aio: there the write that failed overwrites the status that was received. So a refusal waits for that.
+        """
+        if self._reading:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_HEARD_OUT_WITHIN_S):
+                heard: Any = True
+                while heard is not None:
+                    async with asyncio.timeout(_PAUSE_S):
+                        heard = await self._read()
+
+    async def _read(self) -> Any:
+        self._reading = True
+        request = await anext(self._received, None)
+        self._reading = False
+        return request
 
 
 def _code_name(code: Any) -> str:

@@ -27,6 +27,8 @@ LIVENESS = "liveness"
 READINESS = "readiness"
 # Our own check answers precisely up to here; beyond, gRPC itself refuses before the message is read into memory.
 _CORE_LIMIT_FACTOR = 4
+# To tell the callers that are refused at the very end; those who write a stream of requests are heard out for a second.
+_REFUSED_WITHIN_S = 2.0
 # On the port for probes: those of a kubelet are few, and nobody else has any business there.
 _PROBES_AT_A_TIME = 64
 
@@ -233,7 +235,14 @@ class ServiceServer:
                 await self._boundary.wait_idle()
         except TimeoutError:
             log.warning("grace is over; cancelling what is left")
+        # From here on clients send new calls elsewhere, so that the last of those that are refused can be told so.
+        stopping = asyncio.create_task(server.stop(_REFUSED_WITHIN_S))
+        await asyncio.sleep(0)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_REFUSED_WITHIN_S):
+                await self._boundary.wait_refused()
         await server.stop(None)
+        await stopping
         # stop() may return before handlers have run their `finally` blocks (grpc#37239), and those need the engine.
         await self._boundary.wait_idle()
         await self._exits.aclose()

@@ -272,6 +272,50 @@ async def test_draining_finishes_what_is_admitted_and_refuses_the_rest(running: 
     await stopping
 
 
+@pytest.mark.parametrize("kind", ["Sum", "Each"])
+async def test_a_caller_that_is_refused_while_it_writes_is_told_why(
+    running: Running, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """grpc.aio, whose write failed, would say INTERNAL."""
+    for patience in ("_PAUSE_S", "_HEARD_OUT_WITHIN_S"):
+        monkeypatch.setattr(f"services.kit.boundary.{patience}", 60.0)
+    running.server._boundary.draining = True
+    make = running.channel.stream_unary if kind == "Sum" else running.channel.stream_stream
+    # More than is taken of a stream before somebody reads it.
+    requests = [Text(value="x" * 3000)] * 100
+    call = make(f"/test.Echo/{kind}", Text.SerializeToString, Text.FromString)(iter(requests))
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await (call if kind == "Sum" else call.read())
+    assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert details(refused.value)["ErrorInfo"].reason == "DRAINING"
+
+
+async def test_a_caller_that_is_refused_while_it_waits_for_an_answer_is_told_so(running: Running) -> None:
+    running.server._boundary.draining = True
+    call = running.channel.stream_stream("/test.Echo/Each", Text.SerializeToString, Text.FromString)()
+    await call.write(Text(value="word"))
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await call.read()
+    assert details(refused.value)["ErrorInfo"].reason == "DRAINING"
+    call.cancel()
+
+
+async def test_callers_that_are_refused_keep_no_server_from_ending(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for patience in ("_PAUSE_S", "_HEARD_OUT_WITHIN_S"):
+        monkeypatch.setattr(f"services.kit.boundary.{patience}", 600.0)
+    monkeypatch.setattr("services.kit.server._REFUSED_WITHIN_S", 0.1)
+    running.server._boundary.draining = True
+    call = running.channel.stream_stream("/test.Echo/Each", Text.SerializeToString, Text.FromString)()
+    await call.write(Text(value="word"))
+    await until(lambda: not running.server._boundary._refused.none.is_set())
+    async with asyncio.timeout(60):
+        await running.server.stop(grace_s=600)
+    with pytest.raises(grpc.aio.AioRpcError):
+        await call.read()
+
+
 async def test_when_the_grace_is_over_what_is_left_is_cancelled(running: Running) -> None:
     held = asyncio.create_task(running.call("One", "hold"))
     await running.behaviour.entered.wait()
