@@ -4,31 +4,30 @@ import asyncio
 import json
 import signal
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import grpc
 import pytest
 
 from inkwell import channel as sdk
-from inkwell.gateway.v1 import gateway_pb2, gateway_pb2_grpc
 from tests.faults.test_operations_killed import Watched, Watchers, assert_one_result, submit
 from tests.support import counting_service
-from tests.support.backend import SERVER_STREAM, UNARY
+from tests.support.backend import BIDI, SERVER_STREAM, UNARY
 from tests.support.child_work import Todo
 from tests.support.counting_service import request
-from tests.support.gateway import gateway_process, pool, ready
+from tests.support.gateway import all_ready, gateway_process, pool, ready
 from tests.support.load import Callers
 from tests.support.operations import Caller, Number
 from tests.support.operations import ServiceProcess as OperationsProcess
-from tests.support.service_process import ServiceProcess, started
+from tests.support.service_process import started
 
 CALLERS = 8
 PATIENCE_S = 60
 
 
 def mixed(channel: grpc.aio.Channel) -> Callers:
-    """Unary calls and streams of answers in turn, each checked to its last message."""
+    """Unary calls, streams of answers and streams both ways in turn, each checked to its last message."""
 
     async def unary() -> None:
         assert await channel.unary_unary(UNARY)(request(count=3), timeout=PATIENCE_S) == b"3"
@@ -37,24 +36,20 @@ def mixed(channel: grpc.aio.Channel) -> Callers:
         call = channel.unary_stream(SERVER_STREAM)(request(count=3), timeout=PATIENCE_S)
         assert [message async for message in call] == [b"1", b"2", b"3"]
 
-    kinds: list[Callable[[], Awaitable[None]]] = [unary, stream]
+    async def both() -> None:
+        async def asked() -> AsyncIterator[bytes]:
+            for _ in range(3):
+                yield request(count=2)
+
+        call = channel.stream_stream(BIDI)(asked(), timeout=PATIENCE_S)
+        assert [message async for message in call] == [b"1", b"2"] * 3
+
+    kinds: list[Callable[[], Awaitable[None]]] = [unary, stream, both]
 
     async def call(number: int) -> None:
-        await kinds[number % 2]()
+        await kinds[number % 3]()
 
     return Callers(call)
-
-
-async def all_ready(gateway: ServiceProcess) -> None:
-    """Return when the gateway sends calls to all services."""
-    async with grpc.aio.insecure_channel(gateway.address) as channel:
-        fleet = gateway_pb2_grpc.GatewayServiceStub(channel)
-        while True:
-            answer = await fleet.ListPools(gateway_pb2.ListPoolsRequest(), wait_for_ready=True)
-            states = [endpoint.state for endpoint in answer.pools[0].endpoints]
-            if states == [gateway_pb2.ENDPOINT_STATE_READY] * 2:
-                return
-            await asyncio.sleep(0.05)  # nobody is told
 
 
 @pytest.mark.timeout(180)

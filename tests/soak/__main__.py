@@ -11,10 +11,11 @@ from tests.soak import kills, mixed, overload
 
 RUNS: dict[str, Callable[[float], Coroutine[Any, Any, dict[str, Bar]]]] = {
     "kills": kills.run,
+    "kills-ocr": kills.run_ocr,
     "overload": overload.run,
     "mixed": mixed.run,
 }
-MINUTES = {"kills": 2.0, "overload": 2.0, "mixed": 30.0}
+MINUTES = {"kills": 2.0, "kills-ocr": 4.0, "overload": 2.0, "mixed": 30.0}
 
 
 def main() -> int:

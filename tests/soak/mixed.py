@@ -17,8 +17,10 @@ from services import local
 from tests.soak.kills import percentile
 
 CALLERS = 6
+PAUSE_S = 1.5  # a caller's between two calls, on average: memory and files are measured here, not speed
 WARM_SHARE = 0.2  # of the run: models settle, caches fill, the allocator finds its size
 LOOK_S = 1.0
+SAID_EVERY = 300  # looks between two lines that say how it goes
 IMAGES = [path.read_bytes() for path in sorted(local.SAMPLES.glob("*.png"))]
 # What a caller may meet here: its own mistakes, and a queue that is full.
 EXPECTED = (inkwell.InvalidRequest, inkwell.NotFound, inkwell.DeadlineExceeded, inkwell.Overloaded)
@@ -36,6 +38,10 @@ class Watched:
     def look(self) -> None:
         self.resident.append(self.process.memory_info().rss)
         self.files.append(self.process.num_fds())
+
+    def said(self) -> str:
+        """Its last look, for people."""
+        return f"{self.name} {self.resident[-1] / (1 << 20):.1f} MiB {self.files[-1]} files"
 
     def growth(self) -> float:
         """Of the median of the last fifth over that of the first."""
@@ -76,6 +82,7 @@ async def run(minutes: float) -> dict[str, Bar]:
                         outcomes[f"{name}: {type(error).__name__}"] += 1
                     except Exception as error:  # noqa: BLE001 - counted, and shown at the end
                         defects.append(error)
+                    await asyncio.sleep(chance.expovariate(1 / PAUSE_S))
 
             callers = [asyncio.create_task(caller(random.Random(number))) for number in range(CALLERS)]
             while time.monotonic() < end:
@@ -83,7 +90,11 @@ async def run(minutes: float) -> dict[str, Bar]:
                 if time.monotonic() > warm:
                     for watched in processes:
                         watched.look()
+                    if len(processes[0].files) % SAID_EVERY == 1:
+                        print("  " + ", ".join(watched.said() for watched in processes), flush=True)
             await asyncio.gather(*callers)
+            busy_s = sum(sum(watched.process.cpu_times()[:2]) for watched in processes)
+    print(f"  {sum(outcomes.values())} calls; the processes worked for {busy_s:.0f} s of {minutes * 60:.0f}")
     for name, count in sorted(outcomes.items()):
         print(f"  {count:7} {name}")
     for defect in defects[:5]:

@@ -86,7 +86,10 @@ class _Connection:
         while True:
             due, data = await chunks.get()
             if (left := due - clock()) > 0:
-                await asyncio.sleep(left)
+                self.proxy.delayed.set()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(left):
+                        await self.proxy.prompt.wait()
             await self.proxy.flowing.wait()
             if self.proxy.gone:
                 if data:
@@ -128,7 +131,9 @@ class FaultProxy:
         self.carried_bytes = 0  # both ways
         self.flowing = asyncio.Event()
         self.flowing.set()
-        self.delay_s = 0.0
+        self.delay_s = 0.0  # of what comes from now on, in each direction
+        self.delayed = asyncio.Event()  # something is or was
+        self.prompt = asyncio.Event()  # what is delayed no longer is
         self.drip_bytes = 0
         self.drip_interval_s = 0.0
         self.gone: End | None = None
@@ -193,6 +198,8 @@ class FaultProxy:
                 connection.task.cancel()
         self.gone = self.cut_after = None
         self.delay_s = 0.0
+        self.prompt.set()
+        self.prompt, self.delayed = asyncio.Event(), asyncio.Event()
         self.drip_bytes = 0
         self.flowing.set()
         if self._server is None:

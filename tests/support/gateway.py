@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2
 
+from inkwell.gateway.v1 import gateway_pb2, gateway_pb2_grpc
 from services.gateway import config
 from services.gateway.__main__ import assemble, make_fleet
 from services.gateway.discovery import Resolver, resolve_host
@@ -105,3 +106,15 @@ async def ready(process: ServiceProcess) -> None:
         async for answer in watch(health_pb2.HealthCheckRequest(service="readiness"), wait_for_ready=True):
             if answer.status == health_pb2.HealthCheckResponse.SERVING:
                 return
+
+
+async def all_ready(process: ServiceProcess) -> None:
+    """Return when it sends calls to every endpoint of its first pool."""
+    async with grpc.aio.insecure_channel(process.address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        fleet = gateway_pb2_grpc.GatewayServiceStub(channel)
+        while True:
+            answer = await fleet.ListPools(gateway_pb2.ListPoolsRequest(), wait_for_ready=True)
+            states = {endpoint.state for endpoint in answer.pools[0].endpoints}
+            if states == {gateway_pb2.ENDPOINT_STATE_READY}:
+                return
+            await asyncio.sleep(0.05)  # nobody is told
