@@ -34,8 +34,8 @@ class Scenario:
 
 # One pod of handwriting-tiny on two cores (`pod_rate`); a card was not measured here, so that of a GPU pool is made up:
 # ten times as fast, on nodes that have to be bought first.
-CPU_POD = Pod(calls_s=50.0, alone_s=0.05, start_s=40)
-GPU_POD = Pod(calls_s=500.0, alone_s=0.02, start_s=240)
+CPU_POD = Pod(calls_s=27.0, alone_s=0.12, start_s=40)
+GPU_POD = Pod(calls_s=270.0, alone_s=0.03, start_s=240)
 SCENARIOS = (
     Scenario("cpu, KEDA", "cpu-keda", "ocr-cpu", CPU_POD, peak=5.0),
     Scenario("cpu, HPA", "cpu-hpa", "ocr-cpu", CPU_POD, peak=5.0),
