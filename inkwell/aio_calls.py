@@ -11,7 +11,7 @@ import grpc
 from inkwell import types
 from inkwell.aio_stream import messages
 from inkwell.batch import IMAGE_BYTES_MOST, WINDOW, BatchBook, BatchItem, Outcome
-from inkwell.channel import DEFAULT_TIMEOUT_S, call_metadata, named, open_aio_channel, wait_until_ready_async
+from inkwell.channel import DEFAULT_TIMEOUT_S, call_metadata, named, open_aio_channel, traced, wait_until_ready_async
 from inkwell.converters import shared
 from inkwell.credentials import AccessToken, authorized
 from inkwell.errors import TooLarge, error_from_rpc
@@ -144,7 +144,8 @@ class AsyncCalls:
     ) -> AsyncGenerator[Outcome, None]:
         timeout = await self._prepare(timeout_s)
         places = asyncio.Semaphore(WINDOW)
-        call = ocr_pb2_grpc.OcrServiceStub(self._channel()).BatchRecognize(timeout=timeout, metadata=self._metadata)
+        stub = ocr_pb2_grpc.OcrServiceStub(self._channel())
+        call = stub.BatchRecognize(timeout=timeout, metadata=traced(self._metadata))
 
         async def send() -> None:
             source = _iterate(images)

@@ -10,6 +10,7 @@ import grpc
 from inkwell import types
 from inkwell.aio_calls import AsyncCalls
 from inkwell.aio_operation import AsyncOperation
+from inkwell.channel import traced
 from inkwell.compiler.v1 import compiler_pb2, compiler_pb2_grpc
 from inkwell.converters import artifacts as converters
 from inkwell.download import Download, files_of
@@ -99,7 +100,7 @@ class AsyncCompiling(AsyncCalls):
         request = compiler_pb2.DownloadArtifactRequest(
             id=artifact_id, path=download.file.path, offset_bytes=download.offset_bytes
         )
-        call = self._compiler().DownloadArtifact(request, timeout=timeout, metadata=self._metadata)
+        call = self._compiler().DownloadArtifact(request, timeout=timeout, metadata=traced(self._metadata))
         try:
             with download.open() as stream:
                 async for chunk in call:

@@ -10,7 +10,7 @@ import grpc
 
 from inkwell import types
 from inkwell.batch import IMAGE_BYTES_MOST, WINDOW, BatchBook, BatchItem, Outcome
-from inkwell.channel import DEFAULT_TIMEOUT_S, call_metadata, named, open_channel, wait_until_ready
+from inkwell.channel import DEFAULT_TIMEOUT_S, call_metadata, named, open_channel, traced, wait_until_ready
 from inkwell.converters import shared
 from inkwell.credentials import AccessToken, authorized
 from inkwell.diffusion.v1 import diffusion_pb2_grpc
@@ -157,7 +157,7 @@ class Calls:
                 book.source_error = error
                 calls.get().cancel()
 
-        call = self._ocr.BatchRecognize(requests(), timeout=timeout, metadata=self._metadata)
+        call = self._ocr.BatchRecognize(requests(), timeout=timeout, metadata=traced(self._metadata))
         calls.put(call)
         served: types.ServedBy | None = None
         try:

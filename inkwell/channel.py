@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import sys
 import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -49,6 +50,9 @@ with gRPC's jitter of ±20 %."""
 REQUEST_ID_KEY = "inkwell-request-id"
 """Metadata that names a call, so that the services know its repetition: it joins the call under way, or gets the answer
 that they kept, and nothing is computed twice."""
+
+TRACE_KEY, TRACE_STATE_KEY = "traceparent", "tracestate"
+"""Metadata that says which trace a call belongs to: https://www.w3.org/TR/trace-context/."""
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -137,7 +141,23 @@ def named(metadata: Metadata, request_id: str | None) -> Metadata:
         number = uuid.uuid4() if request_id is None else uuid.UUID(request_id)
     except (ValueError, TypeError, AttributeError):
         raise invalid("request_id", f"{str(request_id)[:80]!r} is not a UUID; str(uuid.uuid4()) makes one") from None
-    return (*metadata, (REQUEST_ID_KEY, str(number)))
+    return (*traced(metadata), (REQUEST_ID_KEY, str(number)))
+
+
+def traced(metadata: Metadata) -> Metadata:
+    """The metadata of a call, with the trace that the calling program is in, if it uses OpenTelemetry.
+
+    What it has set by itself stays. OpenTelemetry is no dependency: a program that does not import it has no trace.
+    """
+    api = sys.modules.get("opentelemetry.trace")
+    if api is None or any(key == TRACE_KEY for key, _ in metadata):
+        return metadata
+    context = api.get_current_span().get_span_context()
+    if not context.is_valid:
+        return metadata
+    state = context.trace_state.to_header() if context.trace_state else ""
+    parent = f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags & 1:02x}"
+    return (*metadata, (TRACE_KEY, parent), *(((TRACE_STATE_KEY, state),) if state else ()))
 
 
 def wait_until_ready(channel: Any, target: str, wait_s: float) -> None:

@@ -21,7 +21,7 @@ async def fleet(client: AsyncClient, *, service: str, hardware: str, as_json: bo
     if as_json:
         _json_lines(dataclasses.asdict(pool) for pool in pools)
         return
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for pool in pools:
         for endpoint in pool.endpoints:
             rows.append(
@@ -31,6 +31,7 @@ async def fleet(client: AsyncClient, *, service: str, hardware: str, as_json: bo
                     pool.hardware,
                     endpoint.address,
                     str(endpoint.state),
+                    endpoint.version,
                     str(endpoint.in_flight_count),
                     str(endpoint.call_count),
                     str(endpoint.unavailable_count),
@@ -38,10 +39,9 @@ async def fleet(client: AsyncClient, *, service: str, hardware: str, as_json: bo
                 )
             )
         if not pool.endpoints:
-            rows.append(
-                (pool.name, pool.service, pool.hardware, ", ".join(pool.targets), "no endpoint", "", "", "", "")
-            )
-    report.table(("POOL", "SERVICE", "HARDWARE", "ENDPOINT", "STATE", "IN FLIGHT", "CALLS", "LOST", "LAST ERROR"), rows)
+            rows.append((pool.name, pool.service, pool.hardware, ", ".join(pool.targets), "no endpoint", *[""] * 5))
+    head = ("POOL", "SERVICE", "HARDWARE", "ENDPOINT", "STATE", "VERSION", "IN FLIGHT", "CALLS", "LOST", "LAST ERROR")
+    report.table(head, rows)
 
 
 async def models(client: AsyncClient, *, as_json: bool) -> None:

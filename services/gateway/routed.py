@@ -19,7 +19,7 @@ from services.gateway.overload import Overload, Place
 from services.gateway.pools import Fleet, none_ready
 from services.gateway.settings import Settings
 from services.gateway.tiers import Tiers
-from services.kit import faults
+from services.kit import faults, tracing
 from services.kit.boundary import REQUEST_ID_KEY
 from services.kit.call import priority_of, time_left
 from services.kit.errors import CODES
@@ -68,6 +68,8 @@ class RoutedCall:
         self._tried: list[Endpoint] = []
         self._deadline: float | None = None  # on the loop's clock
         self._wait_left_s = routing.settings.retry_wait_s
+        self._span = tracing.current()  # of the call
+        self._attempt: tracing.Span | None = None
 
     def __enter__(self) -> "RoutedCall":
         return self
@@ -86,6 +88,8 @@ class RoutedCall:
                 self._endpoint.kept_silent()
         elif error is not None and not isinstance(error, grpc.aio.AbortError):
             self.code = grpc.StatusCode.INTERNAL
+        if self._attempt is not None:
+            self._attempt.end_call(self.code.name, server=False)
         pool = self._endpoint.pool if self._endpoint is not None else NO_POOL
         self._metrics.ended(pool, self.method.label, self.code.name)
         if self._place is not None:
@@ -113,6 +117,7 @@ class RoutedCall:
         if self.asked.operation:
             self._home = await self._fleet.homes.find(self.asked, metadata=self.metadata, time_left_s=left)
         if self.method.operation_name is None:
+            queued_ns = tracing.now_ns()
             self._place, endpoint = await self._overload.admit(
                 self._find,
                 caller=caller_of(self.context),
@@ -120,6 +125,8 @@ class RoutedCall:
                 ends_at=self._attempts_end(),
                 counted=not self.method.request_streaming,
             )
+            if self._span is not None:
+                self._span.past("queue", queued_ns)
             return endpoint
         # A call about an operation is no work, and is what people look with when there is too much of it.
         chosen = self._fleet.choose(self._find())
@@ -162,8 +169,17 @@ class RoutedCall:
             self._began, self._writing_s = time.monotonic(), 0.0
         self._endpoint = endpoint
         self._under_way = True
+        if self._span is not None:
+            self._trace_attempt(self._span, endpoint)
         endpoint.begin(self._fleet.next_turn())
         return timeout
+
+    def _trace_attempt(self, span: tracing.Span, endpoint: Endpoint) -> None:
+        if span.recorded:
+            told = {"server.address": endpoint.address, "inkwell.pool": endpoint.pool, "inkwell.attempt": self.attempts}
+            self._attempt = span = span.begin("attempt", told, client=True)
+        others = (pair for pair in self.metadata if pair[0] != tracing.PARENT_KEY)
+        self.metadata = (*others, (tracing.PARENT_KEY, span.traceparent))
 
     async def again(self, error: grpc.aio.AioRpcError) -> Endpoint | None:
         """After a failed attempt: the endpoint to try next, or None if the error is the caller's answer.
@@ -175,6 +191,8 @@ class RoutedCall:
         if failed is None:
             return None
         self._under_way = False
+        if self._attempt is not None:
+            self._attempt.end_call(error.code().name, server=False)
         failed.failed(error, silence_is_fine=self._excuses_silence())
         trailing = error.trailing_metadata() or ()
         if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and retry.asks_to_wait(trailing):

@@ -18,12 +18,13 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError
 
-from services.kit import errors, faults, orca
+from services.kit import errors, faults, orca, tracing
 from services.kit.admission import Admission
 from services.kit.call import CallLabels, current_labels, send_header
 from services.kit.faults import Fault
 from services.kit.identity import current_caller
 from services.kit.metrics import Metrics
+from services.kit.tracing import Span, Tracing
 
 log = structlog.get_logger(__name__)
 
@@ -71,6 +72,7 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         # By method, what was wrapped and the wrapped: every call of a method brings the same handler, as a rule.
         self._handlers: dict[str, tuple[grpc.RpcMethodHandler, grpc.RpcMethodHandler]] = {}
         self.guard: Guard | None = None
+        self.tracing: Tracing | None = None
 
     async def wait_idle(self) -> None:
         """Return when every handler has ended, its `finally` blocks included.
@@ -178,12 +180,21 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         # methods then read freed memory (a segmentation fault of grpcio 1.85 was traced to `peer`).
         peer = context.peer()
         left = context.time_remaining()
-        request_id: Any = dict(context.invocation_metadata() or ()).get(REQUEST_ID_KEY)
+        metadata = dict(context.invocation_metadata() or ())
+        request_id: Any = metadata.get(REQUEST_ID_KEY)
         if not (isinstance(request_id, str) and _REQUEST_ID.fullmatch(request_id)):
             request_id = uuid.uuid4().hex
         labels = CallLabels()
         current_labels.set(labels)
-        structlog.contextvars.bind_contextvars(request_id=request_id)
+        span: Span | None = None
+        if self.tracing is not None:
+            span = self.tracing.call(method, metadata)
+            span.set({"inkwell.request_id": request_id})
+            structlog.contextvars.bind_contextvars(request_id=request_id, trace_id=span.trace_id)
+        elif trace_id := tracing.trace_id_of(metadata):
+            structlog.contextvars.bind_contextvars(request_id=request_id, trace_id=trace_id)
+        else:
+            structlog.contextvars.bind_contextvars(request_id=request_id)
         code = "OK"
         calls = self._refused if self.draining else self._admitted
         calls.begin()
@@ -226,6 +237,7 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 hardware=labels.hardware,
                 seconds=seconds,
                 tenant=current_caller.get(),
+                trace_id=tracing.current_trace_id(),
             )
             log.info(
                 "call",
@@ -236,6 +248,9 @@ class Boundary(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 peer=peer,
                 caller=current_caller.get() or None,
             )
+            if span is not None:
+                span.set({"inkwell.model": labels.model, "inkwell.hardware": labels.hardware})
+                span.end_call(code, name=labels.method.removeprefix("/"))
             calls.end()
 
     def _load(self) -> tuple[tuple[str, bytes], ...]:

@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 import msgspec
 
 from services.kit.faults import FaultData
+from services.kit.phases import Phase
 
 Raw = msgspec.Raw
 
@@ -25,6 +26,7 @@ class Submit(msgspec.Struct, tag=True, frozen=True):
 
     job: str
     payload: Raw
+    traced: bool = False  # somebody wants to know what it goes through
 
 
 class Cancel(msgspec.Struct, tag=True, frozen=True):
@@ -84,6 +86,13 @@ class Cancelled(msgspec.Struct, tag=True, frozen=True):
     job: str
 
 
+class Traced(msgspec.Struct, tag=True, frozen=True):
+    """What a traced job went through; the worker sends it right before the job's last event."""
+
+    job: str
+    phases: tuple[Phase, ...]
+
+
 class Heartbeat(msgspec.Struct, tag=True, frozen=True):
     """Sent every second by a thread of its own, so that a stuck step shows."""
 
@@ -93,7 +102,7 @@ class Heartbeat(msgspec.Struct, tag=True, frozen=True):
 
 JobEvent = Accepted | Update | Finished | Failed | Cancelled
 EngineEvent = JobEvent | Described
-Event = Ready | Heartbeat | EngineEvent
+Event = Ready | Heartbeat | Traced | EngineEvent
 
 
 # Seconds that an engine process has for its endings.

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import msgspec
 import structlog
 
-from services.kit import faults, wire
+from services.kit import faults, tracing, wire
 from services.kit.admission import Admission, Priority, Ticket
 from services.kit.engine_api import (
     END_S,
@@ -34,6 +34,7 @@ from services.kit.engine_api import (
     Raw,
     Ready,
     Submit,
+    Traced,
 )
 from services.kit.faults import Fault
 from services.kit.job import Job, Queued
@@ -174,7 +175,13 @@ class EngineHost:
         except Fault as fault:
             self._metrics.refused.labels(fault.data.reason).inc()
             raise
-        job = Job(f"{next(self._numbers)}", ticket, start=self._start_job, leave=self._leave_job)
+        job = Job(
+            f"{next(self._numbers)}",
+            ticket,
+            start=self._start_job,
+            leave=self._leave_job,
+            span=tracing.current(),
+        )
         self._waiting[ticket] = job
         return job
 
@@ -197,16 +204,22 @@ class EngineHost:
             )
         # A ticket that the admission does not know.
         ticket = Ticket(0, Priority.NORMAL, 1.0, self._clock(), left=True)
-        job = Job(f"{next(self._numbers)}", ticket, start=self._start_control, leave=self._leave_job)
+        job = Job(
+            f"{next(self._numbers)}",
+            ticket,
+            start=self._start_control,
+            leave=self._leave_job,
+            span=tracing.current(),
+        )
         self._controls.add(job.id)
         return job
 
     def _start_control(self, job: Job, payload: msgspec.Struct) -> None:
         if not self.ready:
             raise engine_not_ready()
-        job.granted_at = self._clock()
+        job.granted(self._clock())
         self._running[job.id] = job
-        self._send(Submit(job.id, wire.raw(payload)))
+        self._send(Submit(job.id, wire.raw(payload), traced=job.span is not None))
 
     def _start_job(self, job: Job, payload: msgspec.Struct) -> None:
         job.payload = wire.raw(payload)
@@ -220,6 +233,7 @@ class EngineHost:
             del self._waiting[job.ticket]
             self._reported_positions.pop(job.ticket, None)
             self.admission.leave(job.ticket)
+            job.over(self._clock())
             if not job.ended:
                 self._metrics.cancelled.labels("queued").inc()
             self._pump()
@@ -234,9 +248,10 @@ class EngineHost:
             job = self._waiting.pop(ticket)
             self._reported_positions.pop(ticket, None)
             self._running[job.id] = job
-            job.granted_at = self._clock()
-            self._metrics.queue_seconds.observe(job.granted_at - ticket.entered_at)
-            self._send(Submit(job.id, job.payload))
+            now = self._clock()
+            job.granted(now)
+            self._metrics.queue_seconds.observe(now - ticket.entered_at)
+            self._send(Submit(job.id, job.payload, traced=job.span is not None))
             job.payload = Raw(b"")  # the engine has it now
         for ticket, position in self.admission.positions():
             if self._reported_positions.get(ticket) != position:
@@ -250,7 +265,7 @@ class EngineHost:
         match event:
             case Finished() | Failed() | Cancelled():
                 del self._running[job.id]
-                job.finished_at = self._clock()
+                job.over(self._clock(), event.fault.reason if isinstance(event, Failed) else "")
                 self.admission.leave(job.ticket, completed=isinstance(event, Finished))
                 job.put(event)
                 self._pump()
@@ -379,6 +394,10 @@ class EngineHost:
                 case Described(info):
                     self.info = Raw(bytes(info))
                     self.on_info_change()
+                case Traced(job_id, phases):
+                    job = self._running.get(job_id)
+                    if job is not None and job.in_engine is not None:
+                        job.in_engine.went_through(phases)
                 case Heartbeat(step_seconds):
                     self._beat = (self._last_heard, step_seconds)
                     if step_seconds > self._settings.engine_stall_s:
@@ -406,5 +425,5 @@ class EngineHost:
         fault = faults.unavailable("ENGINE_LOST", f"{why}; a retry is safe", retry_after_ms=_EXPECTED_RESTART_MS)
         for job in lost:
             self.admission.leave(job.ticket)
-            job.finished_at = self._clock()
+            job.over(self._clock(), fault.data.reason)
             job.put(Failed(job.id, fault.data))

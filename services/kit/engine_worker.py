@@ -15,18 +15,22 @@ import time
 import traceback
 from collections.abc import Callable
 
-from services.kit import wire
+from services.kit import phases, wire
 from services.kit.engine_api import (
     END_S,
+    Accepted,
     BackgroundEngine,
     Cancel,
+    Cancelled,
     Command,
     Engine,
     Event,
     Failed,
+    Finished,
     Heartbeat,
     Ready,
     Submit,
+    Traced,
     call_endings,
 )
 from services.kit.faults import Fault
@@ -67,7 +71,7 @@ class _Worker:
             events = engine.step()
             self._step_began = None
             for event in events:
-                self._send(event)
+                self._tell(event)
 
     def _handle_commands(self, engine: Engine) -> None:
         # Sleep only when the engine has nothing to do; otherwise take what is there and go on.
@@ -78,14 +82,26 @@ class _Worker:
             except queue.Empty:
                 return
             match command:
-                case Submit(job, payload):
+                case Submit(job, payload, traced):
+                    if traced:
+                        phases.follow(job)
                     try:
                         engine.submit(job, payload)
                     except Fault as fault:
-                        self._send(Failed(job, fault.data))
+                        self._tell(Failed(job, fault.data))
                 case Cancel(job):
                     engine.cancel(job)
             wait = False
+
+    def _tell(self, event: Event) -> None:
+        """Send what came of a job, and before its last event what it went through."""
+        match event:
+            case Accepted(job):
+                phases.accepted(job)
+            case Finished(job) | Failed(job) | Cancelled(job):
+                if went_through := phases.take(job):
+                    self._send(Traced(job, went_through))
+        self._send(event)
 
     def _send(self, event: Event) -> None:
         frame = wire.encode(event)

@@ -12,6 +12,7 @@ from services.kit import faults
 from services.kit.admission import Ticket
 from services.kit.engine_api import Accepted, Cancelled, Failed, Finished, JobEvent, Raw, Update
 from services.kit.faults import Fault
+from services.kit.tracing import Span
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,9 @@ class Job:
         *,
         start: Callable[["Job", msgspec.Struct], None],
         leave: Callable[["Job"], None],
+        span: Span | None = None,
     ) -> None:
+        """span: of the call that it is part of, None if traces are off."""
         self.id = job_id
         self.ticket = ticket
         self.payload = Raw(b"")
@@ -47,6 +50,9 @@ class Job:
         self.finished_at: float | None = None
         self.cancel_sent = False
         self.ended = False
+        self.span = span if span is not None and span.recorded else None
+        self.waits: Span | None = self.span.begin("queue") if self.span is not None else None
+        self.in_engine: Span | None = None
         self._start = start
         self._leave = leave
         self._events: deque[Queued | JobEvent] = deque()
@@ -55,6 +61,21 @@ class Job:
     def start(self, payload: msgspec.Struct) -> None:
         """Queue the job with its input; raises Fault (QUEUE_BYTES_FULL) when the waiting input is too much."""
         self._start(self, payload)
+
+    def granted(self, at: float) -> None:
+        """Called by the host, which is about to give it to the engine. at: on the host's clock."""
+        self.granted_at = at
+        if self.span is not None:
+            if self.waits is not None:
+                self.waits.end()
+            self.in_engine = self.span.begin("engine")
+
+    def over(self, at: float, error: str = "") -> None:
+        """Called by the host, for which it has ended. error: the reason of the fault, if that is how."""
+        self.finished_at = at
+        for span in (self.waits, self.in_engine):
+            if span is not None:
+                span.end(error)
 
     def put(self, event: Queued | JobEvent) -> None:
         """Called by the host. Of several positions not yet read only the newest is kept."""

@@ -14,7 +14,7 @@ from grpc_channelz.v1 import channelz
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from services.kit import device_metrics, identity, logs, orca
+from services.kit import device_metrics, identity, logs, orca, tracing
 from services.kit.boundary import Boundary, Guard
 from services.kit.engine_host import EngineHost, EngineStartError
 from services.kit.metrics import Metrics, MetricsPage
@@ -107,8 +107,8 @@ class ServiceServer:
         self.host = host
         self.port = 0
         self.metrics_port = 0
-        metrics.drains_within(settings.drain_delay_s + settings.drain_grace_s)
         self.health_port = 0
+        metrics.drains_within(settings.drain_delay_s + settings.drain_grace_s)
         self.health = Health()
         self._register = register
         self._lifespan = lifespan
@@ -165,6 +165,9 @@ class ServiceServer:
                 # Closing waits for the page's thread, which looks up every half second.
                 exits.push_async_callback(asyncio.to_thread, page.close)
                 self.metrics_port = page.port
+            self._boundary.tracing = recording = tracing.start(self.name, settings)
+            if recording is not None:
+                exits.push_async_callback(recording.close)
             if self.host is not None:
                 self._follow_engine(self.host, names)
                 await self.host.start()
@@ -268,7 +271,7 @@ def run(server: ServiceServer) -> None:
     logs.configure(server.name, server.settings.log_level)
     try:
         uvloop.run(_serve_until_signal(server))
-    except (OSError, EngineStartError) as error:
+    except (OSError, EngineStartError, tracing.TracingMissingError) as error:
         log.error("cannot start", error=str(error))
         raise SystemExit(1) from None
 

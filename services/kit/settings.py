@@ -48,15 +48,26 @@ class ServiceSettings(BaseSettings):
     metrics_port: int = Field(
         -1, ge=-1, le=65535, description="port of the Prometheus page; 0 takes a free one, -1 none"
     )
+    metrics_tenants: int = Field(
+        100, ge=0, le=250, description="callers that have series of their own; the others are counted together"
+    )
+    trace_endpoint: str = Field(
+        "",
+        pattern=r"^(https?://\S+)?$",
+        description="OTLP collector that traces are sent to by gRPC, such as http://127.0.0.1:4317; empty: no traces",
+    )
+    trace_ratio: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="share of calls that are recorded, of those whose caller does not say whether they are to be",
+    )
     health_port: int = Field(
         -1,
         ge=-1,
         le=65535,
         description="port that answers about health, and nothing else, in plain text: for probes that cannot speak the"
         " TLS of the other; 0 takes a free one, -1 none",
-    )
-    metrics_tenants: int = Field(
-        100, ge=0, le=250, description="callers that have series of their own; the others are counted together"
     )
     max_message_bytes: int = Field(32 * MIB, ge=1024, description="largest request message")
     client_keepalive_time_s: float = Field(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from services.kit import faults, wire
+from services.kit import faults, phases, wire
 from services.kit.engine_api import Accepted, Cancelled, Failed, Finished, JobEvent, Raw, Update, at_end
 
 
@@ -83,6 +83,8 @@ class CountingEngine:
                 events.append(Failed(job, faults.internal("told to fail").data))
                 continue
             self._jobs[job] = (count, value)
+            phases.enter(job, "count")
+            phases.step(job, number=value)
             number = wire.raw(Number(value, os.getpid()))
             events.append(Update(job, number))
             if value >= count.count:

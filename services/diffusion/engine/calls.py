@@ -48,6 +48,14 @@ class Call:
         """Denoiser evaluations so far, all pictures together."""
         return self._evaluations + sum(picture.lane.evaluations for picture in self._batch)
 
+    @property
+    def phase(self) -> str:
+        """What the next turn is for: "encode" the prompt and other inputs, "denoise", or "decode" the picture."""
+        behind = self._furthest_behind()
+        if behind.lane.turns == 0:
+            return "encode"
+        return "decode" if behind.step >= behind.step_count else "denoise"
+
     def turn(self) -> list[StepDone | PreviewPainted | Painted]:
         """One turn for the picture that is furthest behind; answers what came of it, Painted last of all.
 
@@ -56,10 +64,7 @@ class Call:
         began = time.monotonic()
         if self._began is None:
             self._began = began
-        behind = min(
-            (picture for picture in self._batch if not picture.lane.finished), key=lambda picture: picture.lane.turns
-        )
-        behind.advance()
+        self._furthest_behind().advance()
         self._compute_s += time.monotonic() - began
         said: list[StepDone | PreviewPainted | Painted] = []
         step = self._steps_before + min(picture.step for picture in self._batch)
@@ -80,6 +85,10 @@ class Call:
         """End every lane; no denoiser call of this job runs after this."""
         for picture in self._batch:
             picture.stop()
+
+    def _furthest_behind(self) -> Picture:
+        going_on = (picture for picture in self._batch if not picture.lane.finished)
+        return min(going_on, key=lambda picture: picture.lane.turns)
 
     def _next_batch(self) -> None:
         size = self.job.batch_size

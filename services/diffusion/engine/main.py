@@ -17,6 +17,7 @@ from services.diffusion.domain import (
     PaintJob,
     Parameters,
     PreviewPlan,
+    StepDone,
     UnloadJob,
     Work,
 )
@@ -28,7 +29,7 @@ from services.diffusion.engine.models import LoadedModel, choose_dtype
 from services.diffusion.engine.picture import Picture
 from services.diffusion.engine.shelf import Shelf
 from services.diffusion.settings import MEMORY_SHARE, Settings
-from services.kit import faults
+from services.kit import faults, phases
 from services.kit.engine_api import Accepted, Cancelled, EngineEvent, Failed, Finished, Raw, Update, at_end
 from services.kit.faults import Fault
 from services.runtimes import tuning
@@ -139,6 +140,8 @@ class DiffusionEngine:
         call = self._calls[job]
         if not call.started:
             events.append(Accepted(job))
+        if phases.followed(job):
+            phases.enter(job, call.phase, batch_size=call.job.batch_size)
         try:
             said = call.turn()
         except Fault as fault:
@@ -157,6 +160,8 @@ class DiffusionEngine:
                     self._forget(job)
                     events.append(Finished(job, _raw(item)))
                 else:
+                    if isinstance(item, StepDone):
+                        phases.step(job, number=item.step, compute_s=item.compute_s)
                     events.append(Update(job, _raw(item)))
         return events
 

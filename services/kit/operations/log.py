@@ -16,6 +16,7 @@ import msgspec
 import sqlalchemy as sa
 
 from services.kit.operations.kinds import Done, Event, Outcome, Queued
+from services.kit.operations.schema import Schema
 
 _event_decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
 _outcome_decoder: msgspec.json.Decoder[Outcome] = msgspec.json.Decoder(Outcome)
@@ -44,6 +45,7 @@ class Row:
     run: str | None  # token of the run that may write
     attempts: int
     outcome: Outcome | None
+    traceparent: str | None  # of the call that asked for it, None if that was not traced
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Log:
             sa.Column("attempts", sa.Integer, nullable=False),
             sa.Column("position", sa.Integer),  # last told place in the queue
             sa.Column("outcome", sa.Text),
+            sa.Column("traceparent", sa.Text),
             sa.Index("inkwell_operations_created", "created_ms", "id"),
         )
         self._events = sa.Table(
@@ -99,13 +102,30 @@ class Log:
             "inkwell_store", metadata, sa.Column("one", sa.Integer, primary_key=True), sa.Column("id", sa.Text)
         )
         self._metadata = metadata
+        self._versions = Schema(schema)
 
     def create(self) -> None:
-        """Make the tables that are missing."""
+        """Make the tables that are missing, and bring older ones forward. Raises SchemaError for ones too new."""
         with self._engine.begin() as c:
+            self._versions.lock(c)
             if self._schema is not None:
                 c.execute(sa.schema.CreateSchema(self._schema, if_not_exists=True))
+            fresh = self._versions.found(c) == (0, 0)
+            self._versions.bring_forward(c)
             self._metadata.create_all(c)
+            if fresh:
+                self._versions.record(c, self._versions.newest)
+
+    def version(self) -> tuple[int, int]:
+        """The tables' version, 0 without tables, and the least that code has to know to use them."""
+        with self._engine.begin() as c:
+            return self._versions.found(c)
+
+    def migrate(self, to: int) -> list[str]:
+        """Take the tables to a version, forward or back; answers the statements. Raises SchemaError."""
+        with self._engine.begin() as c:
+            self._versions.lock(c)
+            return self._versions.migrate(c, to)
 
     def store_id(self) -> str:
         """An id of these tables, the same for every process that uses them."""
@@ -121,7 +141,17 @@ class Log:
 
     # --- operations ---
 
-    def insert(self, row_id: str, *, kind: str, owner: str, request: str, priority: int, most: int) -> Row | None:
+    def insert(
+        self,
+        row_id: str,
+        *,
+        kind: str,
+        owner: str,
+        request: str,
+        priority: int,
+        most: int,
+        traceparent: str | None = None,
+    ) -> Row | None:
         """Add an operation unless its id is taken; answers the row under that id, None when `most` wait already."""
         o = self._operations
         with self._engine.begin() as c:
@@ -139,6 +169,7 @@ class Log:
                 "created_ms": self._clock_ms(),
                 "last": 0,
                 "attempts": 0,
+                "traceparent": traceparent,
             }
             try:
                 with c.begin_nested():

@@ -22,6 +22,7 @@ from services.kit.operations.kinds import (
     Succeeded,
 )
 from services.kit.operations.log import Log, Row, SupersededError
+from services.kit.operations.traced import Course
 
 log = structlog.get_logger(__name__)
 
@@ -43,8 +44,9 @@ class Run:
 class Runs:
     """What runs here.
 
-    attempts: times that an operation may be begun. name: the operation's name of an id. on_change: told the id whose
-    log has grown. on_queue: awaited when a place in the queue may be free. on_end: told how an operation ended.
+    attempts: times that an operation may be begun. service: whose tracing records them. name: the operation's name of
+    an id. on_change: told the id whose log has grown. on_queue: awaited when a place in the queue may be free. on_end:
+    told how an operation ended.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Runs:
         kinds: Mapping[str, AnyKind],
         *,
         attempts: int,
+        service: str,
         name: Callable[[str], str],
         on_change: Callable[[str], None],
         on_queue: Callable[[], Awaitable[None]],
@@ -63,6 +66,7 @@ class Runs:
         self._log = operations_log
         self._kinds = kinds
         self._attempts = attempts
+        self._service = service
         self._name = name
         self._on_change = on_change
         self._on_queue = on_queue
@@ -149,13 +153,17 @@ class Runs:
                 del self.running[row.id]
 
     async def _work(self, kind: AnyKind, row: Row, token: str) -> msgspec.Struct:
+        name = self._name(row.id)
+
         async def say(event: Started | Progress) -> None:
+            course.said(event)
             await self._caller.insist(self._log.append, row.id, token, event)
             self._on_change(row.id)
 
-        request = msgspec.json.decode(row.request, type=kind.request)
-        response: msgspec.Struct = await kind.work(request, say, Running(self._name(row.id), row.id, row.attempts))
-        return response
+        with Course(self._service, row, name) as course:
+            request = msgspec.json.decode(row.request, type=kind.request)
+            response: msgspec.Struct = await kind.work(request, say, Running(name, row.id, row.attempts))
+            return response
 
     async def _record(self, row: Row, run: Run) -> bool:
         """Write down how the run ended; False if that is for somebody else to do."""

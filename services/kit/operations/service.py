@@ -11,7 +11,7 @@ import msgspec
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from services.kit import faults
+from services.kit import faults, tracing
 from services.kit.admission import Priority
 from services.kit.faults import Fault, FaultData, FieldViolation, Kind, Resource
 from services.kit.metrics import Metrics
@@ -129,6 +129,7 @@ class Operations:
             self._log,
             self.kinds,
             attempts=self._settings.operations_attempts,
+            service=self.service,
             name=self._name,
             on_change=self._wake,
             on_queue=self._line_up,
@@ -175,6 +176,7 @@ class Operations:
             request=text,
             priority=_PRIORITIES[priority],
             most=self._settings.operations_queue_limit,
+            traceparent=tracing.traceparent() or None,
         )
         if row is None:
             limit = self._settings.operations_queue_limit

@@ -11,7 +11,7 @@ from typing import NoReturn
 import msgspec
 import structlog
 
-from services.kit import faults
+from services.kit import faults, tracing
 from services.kit.faults import Fault
 from services.ocr.documents import frames, kinds
 from services.ocr.documents.frames import (
@@ -30,6 +30,9 @@ from services.ocr.documents.frames import (
 )
 
 log = structlog.get_logger(__name__)
+
+# In the trace of the call.
+_SPANS = {Open: "open", Render: "render", WritePdf: "export"}
 
 # What Python needs to find itself and its libraries. Nothing else: the process works on files of strangers.
 _ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "LANG", "LC_ALL")
@@ -96,8 +99,9 @@ class Rendering:
 
     async def _ask(self, request: Request, what: str) -> Reply:
         try:
-            async with asyncio.timeout(self.patience_s):
-                reply = await self._exchange(request)
+            with tracing.part(_SPANS[type(request)], {"inkwell.what": what}):
+                async with asyncio.timeout(self.patience_s):
+                    reply = await self._exchange(request)
         except TimeoutError:
             raise self._lost(what, "was stuck") from None
         except (asyncio.IncompleteReadError, ConnectionError, msgspec.DecodeError):

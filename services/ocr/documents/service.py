@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from inkwell.ocr.v1 import ocr_pb2
 from inkwell.version import __version__
-from services.kit import faults
+from services.kit import faults, tracing
 from services.kit.admission import Priority
 from services.kit.engine_host import EngineHost, engine_not_ready
 from services.kit.faults import Fault
@@ -121,8 +121,11 @@ class Documents:
             raise engine_not_ready()
         with self._enter(caller, len(request.content)) as place:
             await caller.admit()
+            queued_ns = tracing.now_ns()
             while (position := await place.next_position()) is not None:
                 yield converters.queued(position)
+            if (span := tracing.current()) is not None:
+                span.past("queue", queued_ns)
             async with Rendering(self._limits) as rendering:
                 page_count = await rendering.open(request.content)
                 request.ClearField("content")

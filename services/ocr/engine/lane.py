@@ -10,7 +10,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from services.kit import faults
+from services.kit import faults, phases
 from services.kit.engine_api import Accepted, Failed, Finished, JobEvent, Raw, Update
 from services.ocr.domain import Decoding, Hypothesis, Partial, ReadJob, Recognition, Token
 from services.ocr.engine import search
@@ -146,6 +146,7 @@ class Lane:
             reserved += waiting.decoding.beam_width
             waiting.accepted_s = self.clock()
             self._accepted.append(waiting)
+            phases.enter(waiting.job_id, "batch")  # it may wait for others to be encoded with
             events.append(Accepted(waiting.job_id))
         return events
 
@@ -173,6 +174,8 @@ class Lane:
                     lines.append(line)
             if not lines:
                 return events
+        for line in lines:
+            phases.enter(line.job_id, "encode", batch_size=len(lines))
         began = self.clock()
         first_image = self._rows.image_count
         try:
@@ -184,6 +187,7 @@ class Lane:
         self._image_s = taken if not self._image_s else 0.8 * self._image_s + 0.2 * taken
         for offset, (line, row) in enumerate(zip(lines, rows, strict=True)):
             decoding = line.decoding
+            phases.enter(line.job_id, "decode", beam_width=decoding.beam_width)
             self._readings.append(
                 _Reading(
                     job_id=line.job_id,
@@ -210,6 +214,7 @@ class Lane:
         for reading in self._readings:
             reading.steps += 1
             reading.rows_seen += row_count
+            phases.step(reading.job_id, batch_size=row_count)
             reading.tokens_decoded += len(reading.rows)
             candidates = scores.of(reading, self.model.start_id)
             if not all(math.isfinite(row.log_probabilities[0]) for row in candidates):

@@ -14,6 +14,7 @@ from PIL import Image
 from services.diffusion import metadata
 from services.diffusion.domain import MEDIA_TYPES, PreviewPainted, StepDone
 from services.diffusion.engine.main import DiffusionEngine
+from services.kit import phases
 from services.kit.engine_api import Accepted, Cancelled, Failed, Finished
 from services.kit.faults import Kind
 from tests.unit.diffusion.conftest import Driver, paint_job
@@ -351,3 +352,13 @@ class TestFaults:
 
 def _fields(parameters: Any) -> dict[str, Any]:
     return {name: getattr(parameters, name) for name in parameters.__struct_fields__}
+
+
+def test_a_followed_picture_tells_its_phases_and_each_step(driver: Driver) -> None:
+    phases.follow("alone")
+    driver.paint(paint_job(step_count=4))
+    went_through = phases.take("alone")
+    assert [phase.name for phase in went_through] == ["wait", "encode", "denoise", "decode"]
+    denoise = went_through[2]
+    assert [step.attributes["number"] for step in denoise.steps] == [1, 2, 3, 4]
+    assert denoise.attributes == {"batch_size": 1, "steps": 4}

@@ -191,8 +191,9 @@ class _Gateway(gateway_pb2_grpc.GatewayServiceServicer):
     def ListPools(self, request: Any, context: Any) -> Any:
         self._server.admit(request, context)
         ready = gateway_pb2.Endpoint(
-            address="10.0.0.1:50051", state=gateway_pb2.ENDPOINT_STATE_READY, in_flight_count=2, call_count=40
-        )
+            address="10.0.0.1:50051", state=gateway_pb2.ENDPOINT_STATE_READY, in_flight_count=2, call_count=40,
+            version="0.1.0",
+        )  # fmt: skip
         lost = gateway_pb2.Endpoint(
             address="10.0.0.2:50051", state=gateway_pb2.ENDPOINT_STATE_UNREACHABLE, call_count=7, unavailable_count=3,
             last_error="connection refused",

@@ -163,9 +163,9 @@ def test_wrong_usage_ends_in_2_before_anything_is_sent(
 def test_the_fleet_is_a_line_an_endpoint(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fleet"]) == 0
     rows = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
-    assert rows[0][:5] == ["POOL", "SERVICE", "HARDWARE", "ENDPOINT", "STATE"]
-    assert rows[1] == ["ocr-cpu", "ocr", "cpu", "10.0.0.1:50051", "ready", "2", "40", "0", ""]
-    assert rows[2][4:] == ["unreachable", "0", "7", "3", "connection refused"]
+    assert rows[0][:6] == ["POOL", "SERVICE", "HARDWARE", "ENDPOINT", "STATE", "VERSION"]
+    assert rows[1] == ["ocr-cpu", "ocr", "cpu", "10.0.0.1:50051", "ready", "0.1.0", "2", "40", "0", ""]
+    assert rows[2][4:] == ["unreachable", "", "0", "7", "3", "connection refused"]
     assert rows[3][:5] == ["paint-cuda", "diffusion", "cuda", "dns:///paint:50052", "no endpoint"]
 
 

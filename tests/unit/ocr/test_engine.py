@@ -9,6 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from services.kit import phases
 from services.ocr.domain import Decoding
 from services.ocr.engine.lane import Lane
 from services.ocr.engine.main import OcrEngine, create_engine
@@ -262,3 +263,18 @@ def test_an_image_waits_for_others_only_so_long(engine: OcrEngine) -> None:
     assert lane.rows_in_use == 3
     now = 20.0
     reader.finish()
+
+
+def test_a_followed_line_tells_its_phases_and_each_token(engine: OcrEngine) -> None:
+    phases.follow("followed")
+    reader = Reader(engine)
+    line = reader.submit("followed", scribble(1), GREEDY)
+    reader.submit("neighbour", scribble(2), GREEDY)
+    reader.finish()
+    assert line.recognition is not None
+    went_through = phases.take("followed")
+    assert [phase.name for phase in went_through] == ["wait", "batch", "encode", "decode"]
+    encode, decode = went_through[2:]
+    assert encode.attributes["batch_size"] == 2
+    assert decode.attributes["steps"] == line.recognition.decoded_token_count
+    assert decode.steps[0].attributes["batch_size"] == 2
