@@ -33,7 +33,9 @@ from tests.support.processes import alive
 from tests.support.service_process import started
 
 KINDS = {"unary": UNARY, "server stream": SERVER_STREAM, "bidi": BIDI}
-HELD = 2  # calls in the slots of the engine; as many wait in its queue
+SLOTS = 4  # of the engine
+QUEUED = 2  # what the gateway gives a service beyond its slots: half as many (services/gateway/limiter.py)
+HELD = SLOTS + QUEUED
 OK, GONE, LATE = grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED
 
 
@@ -76,9 +78,9 @@ class House:
         return self.service.host.admission
 
     async def hold(self, path: str, release: Path) -> list[Any]:
-        """Calls that fill the slots and the queue, each of which has begun in the service."""
+        """Calls that fill the slots and begin a queue, each of which has begun in the service."""
         asked = request(count=3, hold_at=2, release=str(release))
-        calls = [begin(self.gateway.channel, path, asked) for _ in range(2 * HELD)]
+        calls = [begin(self.gateway.channel, path, asked) for _ in range(HELD)]
         await self.until_held()
         return calls
 
@@ -86,7 +88,7 @@ class House:
         def places() -> tuple[int, int]:
             return self.admission.running_count, self.admission.waiting_count
 
-        await until(lambda: places() == (HELD, HELD), places)
+        await until(lambda: places() == (SLOTS, QUEUED), places)
 
     async def assert_released(self) -> None:
         """Everything that was taken is given back, and what follows is served."""
@@ -138,7 +140,7 @@ def counted(server: ServiceServer, name: str) -> float:
 
 @pytest.fixture
 async def house() -> AsyncIterator[House]:
-    service = counting_service.build(counting_service.Settings(slots=HELD, drain_grace_s=20))
+    service = counting_service.build(counting_service.Settings(slots=SLOTS, drain_grace_s=20))
     await service.start()
     await service.wait_ready()
     async with running(pool_at(service)) as gateway:
@@ -159,22 +161,22 @@ async def test_when_callers_cancel(house: House, kind: str, tmp_path: Path) -> N
     await until(lambda: counted(house.service, "inkwell_cancelled_total") == 2)
     (tmp_path / "release").touch()
     # Their neighbours in the engine and in the queue go on as if nothing had been.
-    assert await ends(calls[1:-1], KINDS[kind]) == [OK, OK]
+    assert await ends(calls[1:-1], KINDS[kind]) == [OK] * (HELD - 2)
     await house.assert_released()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_when_deadlines_pass(house: House, kind: str, tmp_path: Path) -> None:
     asked = request(count=3, hold_at=2, release=str(tmp_path / "release"))
-    calls = [begin(house.gateway.channel, KINDS[kind], asked, timeout=0.8) for _ in range(2 * HELD)]
-    assert await ends(calls, KINDS[kind]) == [LATE] * 4
+    calls = [begin(house.gateway.channel, KINDS[kind], asked, timeout=0.8) for _ in range(HELD)]
+    assert await ends(calls, KINDS[kind]) == [LATE] * HELD
     await house.assert_released()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_when_a_caller_is_killed(house: House, kind: str, tmp_path: Path) -> None:
     asked = request(count=3, hold_at=2, release=str(tmp_path / "release"))
-    async with caller_process(f"127.0.0.1:{house.gateway.server.port}", KINDS[kind], asked) as caller:
+    async with caller_process(f"127.0.0.1:{house.gateway.server.port}", KINDS[kind], asked, calls=HELD) as caller:
         await house.until_held()
         caller.kill()
     await house.assert_released()
@@ -189,21 +191,21 @@ async def test_when_the_engine_is_killed(house: House, kind: str, tmp_path: Path
     (tmp_path / "release").touch()
     # An answer that began cannot be taken back; what had none is computed by the next engine.
     ended = await ends(calls, KINDS[kind])
-    assert ended.count(GONE) <= (0 if kind == "unary" else HELD)
-    assert ended.count(OK) + ended.count(GONE) == 2 * HELD
+    assert ended.count(GONE) <= (0 if kind == "unary" else SLOTS)
+    assert ended.count(OK) + ended.count(GONE) == HELD
     await house.assert_released()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 async def test_when_the_service_is_killed(kind: str, tmp_path: Path) -> None:
-    service = counting_service.process(slots=str(HELD))
+    service = counting_service.process(slots=str(SLOTS))
     async with started(service), running(pool("ocr-cpu", service)) as gateway:
         path, release = KINDS[kind], tmp_path / "release"
         assert await end_of(begin(gateway.channel, path, request(count=1)), path) is OK
         await gateway.idle()
         before = census()
         asked = request(count=3, hold_at=2, release=str(release))
-        calls = [begin(gateway.channel, path, asked) for _ in range(HELD)]
+        calls = [begin(gateway.channel, path, asked) for _ in range(SLOTS)]
         if path != UNARY:
             for call in calls:
                 assert await call.read() == b"1"
@@ -211,7 +213,7 @@ async def test_when_the_service_is_killed(kind: str, tmp_path: Path) -> None:
         await gateway.until_state(service, State.UNREACHABLE)
         release.touch()
         await service.start()
-        assert await ends(calls, path) == [OK if path == UNARY else GONE] * HELD
+        assert await ends(calls, path) == [OK if path == UNARY else GONE] * SLOTS
         await gateway.until_state(service, State.READY)
         await gateway.idle()
         await until(lambda: at_most(census(), before), lambda: f"{before} before, {census()} after")
@@ -230,7 +232,7 @@ async def test_when_a_server_drains(house: House, kind: str, which: str, tmp_pat
     draining = asyncio.create_task(server.stop())
     await until(lambda: server._boundary.draining)
     (tmp_path / "release").touch()
-    assert await ends(calls, KINDS[kind]) == [OK] * 4
+    assert await ends(calls, KINDS[kind]) == [OK] * HELD
     await draining
     assert (house.admission.running_count, house.admission.waiting_count) == (0, 0)
     assert counted(server, "inkwell_requests_in_flight") == 0
