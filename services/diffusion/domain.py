@@ -1,6 +1,6 @@
 """What the diffusion service talks about. These structs also cross from the front to the engine and back."""
 
-import struct
+import ctypes
 from dataclasses import dataclass
 from typing import Literal
 
@@ -491,9 +491,10 @@ def shortest_float32(value: float) -> float:
 
     Used for the guidance scale, so that what is embedded is what was typed, and repeats the same picture.
     """
-    single = struct.unpack("<f", struct.pack("<f", value))[0]
+    # Not struct, which refuses what is rounded up beyond the largest 32-bit float; this makes it infinite.
+    single = ctypes.c_float(value).value
     for digits in range(1, 10):
         short = float(f"{single:.{digits}g}")
-        if struct.unpack("<f", struct.pack("<f", short))[0] == single:
+        if ctypes.c_float(short).value == single:
             return short
-    return float(single)
+    return single
