@@ -9,6 +9,7 @@ the requests, and its pools are all that may serve.
 import asyncio
 import contextlib
 import contextvars
+import functools
 import hashlib
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from services.gateway.methods import METHODS, Method
 from services.gateway.settings import Settings
 from services.kit import faults
 from services.kit.boundary import REQUEST_ID_KEY
-from services.kit.call import PRIORITY_KEY
+from services.kit.call import PRIORITY_KEY, received
 from services.kit.faults import Fault
 from services.kit.identity import CALLER_KEY, certificate_name, current_caller
 from services.kit.tls import signature
@@ -161,7 +162,7 @@ class Access:
             raise
 
     async def _admit(self, path: str, context: grpc.aio.ServicerContext) -> None:
-        authorization = _checked(context.invocation_metadata() or ())
+        authorization = _checked(received(context))
         policy = self._policy
         if policy is None:
             if self._certificates and (name := certificate_name(context)):
@@ -273,7 +274,12 @@ def caller_of(context: grpc.aio.ServicerContext) -> str:
 
 
 def _peer_host(context: grpc.aio.ServicerContext) -> str:
-    kind, _, rest = unquote(context.peer()).partition(":")
+    return _host(context.peer())
+
+
+@functools.lru_cache(maxsize=1024)
+def _host(peer: str) -> str:
+    kind, _, rest = unquote(peer).partition(":")
     return rest.rpartition(":")[0] if kind in ("ipv4", "ipv6") else kind
 
 

@@ -116,7 +116,7 @@ async def _attempts(
 async def _relay_one(call: RoutedCall, upstream: Any) -> bytes:
     response: bytes = await upstream
     call.learn(response)
-    await call.send_header(await upstream.initial_metadata())
+    call.reply_with_header(await upstream.initial_metadata())
     call.context.set_trailing_metadata(call.trailers(await upstream.trailing_metadata()))
     return response
 

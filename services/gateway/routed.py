@@ -7,7 +7,6 @@ from types import TracebackType
 from typing import NoReturn
 
 import grpc
-import structlog
 
 from services.gateway import metadata, preference, retry
 from services.gateway.access import Access, caller_of
@@ -21,7 +20,7 @@ from services.gateway.settings import Settings
 from services.gateway.tiers import Tiers
 from services.kit import faults, tracing
 from services.kit.boundary import REQUEST_ID_KEY
-from services.kit.call import priority_of, time_left
+from services.kit.call import priority_of, received, reply_with, request_id, time_left
 from services.kit.errors import CODES
 from services.kit.faults import Fault
 
@@ -104,16 +103,14 @@ class RoutedCall:
 
         Raises Fault if the call cannot be sent anywhere, or there are too many.
         """
-        received = self.context.invocation_metadata() or ()
-        passed = metadata.to_upstream(pair for pair in received if pair[0] != REQUEST_ID_KEY)
+        said = received(self.context)
+        passed = metadata.to_upstream(pair for pair in said if pair[0] != REQUEST_ID_KEY)
         # The boundary gave the call an id if the caller had none: with it, logs of both sides can be joined.
-        request_id = structlog.contextvars.get_contextvars().get("request_id")
-        passed = (*passed, (REQUEST_ID_KEY, request_id)) if request_id else passed
-        self.metadata = self._access.to_service(passed)
+        self.metadata = self._access.to_service((*passed, (REQUEST_ID_KEY, request_id())))
         left = time_left(self.context)
         if left is not None:
             self._deadline = asyncio.get_running_loop().time() + left
-        self._wanted = preference.from_metadata(received)
+        self._wanted = preference.from_metadata(said)
         if self.asked.operation:
             self._home = await self._fleet.homes.find(self.asked, metadata=self.metadata, time_left_s=left)
         if self.method.operation_name is None:
@@ -257,14 +254,21 @@ class RoutedCall:
         if self.asked.begins and self._endpoint is not None:
             self._fleet.homes.learn(begun(response), self._endpoint)
 
-    async def send_header(self, received: metadata.Metadata) -> None:
-        """Send the caller the endpoint's initial metadata and who serves it."""
+    def _header(self, sent: metadata.Metadata) -> metadata.Metadata:
         self.answered = True
         if self.feed is not None:
             self.feed.commit()
         served = self._endpoint.served if self._endpoint is not None else ()
+        return metadata.to_caller(sent, served)
+
+    def reply_with_header(self, sent: metadata.Metadata) -> None:
+        """Have the endpoint's initial metadata, and who serves the call, go to the caller with the one answer."""
+        reply_with(self._header(sent))
+
+    async def send_header(self, sent: metadata.Metadata) -> None:
+        """Send the caller the endpoint's initial metadata and who serves it."""
         try:
-            await self.context.send_initial_metadata(metadata.to_caller(received, served))
+            await self.context.send_initial_metadata(self._header(sent))
         except grpc.aio.InternalError:
             await self._until_cancelled()
             raise

@@ -2,6 +2,7 @@
 
 import contextvars
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import quote
 
 import grpc
@@ -17,15 +18,18 @@ RUNTIME_KEY = "inkwell-runtime"
 _PLAIN = "".join(chr(c) for c in range(0x20, 0x7F) if chr(c) != "%")
 
 
-@dataclass
+@dataclass(slots=True)
 class CallLabels:
-    """Metric labels that only the servicer knows."""
+    """Of one call, what the boundary and what is behind it tell each other: metric labels, and what is sent."""
 
     model: str = ""
     hardware: str = ""
     method: str = ""  # instead of the call's own path, where a handler takes paths that callers make up
     served: tuple[tuple[str, str], ...] = ()  # what the reply's header says of the model
     header_sent: bool = False
+    header: tuple[Any, ...] | None = None  # of a unary reply, to be sent with it and instead of `served`
+    request_id: str = ""
+    received: tuple[Any, ...] | None = None  # the caller's metadata
 
 
 current_labels: contextvars.ContextVar[CallLabels] = contextvars.ContextVar("inkwell_call_labels")
@@ -43,6 +47,26 @@ def label_call(*, model: str, hardware: str, runtime: str = "", version: str = "
             named = ((MODEL_KEY, model), (MODEL_VERSION_KEY, version), (RUNTIME_KEY, runtime))
             # Names come from folders, and a header is ASCII.
             labels.served = tuple((key, quote(value, safe=_PLAIN)) for key, value in named if value)
+
+
+def received(context: grpc.aio.ServicerContext) -> tuple[Any, ...]:
+    """The metadata that the caller sent."""
+    labels = current_labels.get(None)
+    # grpc.aio decodes it anew for everyone who asks.
+    if labels is not None and labels.received is not None:
+        return labels.received
+    return tuple(context.invocation_metadata() or ())
+
+
+def request_id() -> str:
+    """The id of the current call in the logs; empty outside a call."""
+    labels = current_labels.get(None)
+    return labels.request_id if labels is not None else ""
+
+
+def reply_with(header: tuple[Any, ...]) -> None:
+    """Let the boundary send this header with the unary reply of the current call, in one piece."""
+    current_labels.get().header = header
 
 
 async def send_header(context: grpc.aio.ServicerContext) -> None:
@@ -86,7 +110,7 @@ def time_left(context: grpc.aio.ServicerContext) -> float | None:
 
 
 def _metadata_value(context: grpc.aio.ServicerContext, key: str) -> str | None:
-    for name, value in context.invocation_metadata() or ():
+    for name, value in received(context):
         if name == key:
             return value if isinstance(value, str) else value.decode("ascii", "replace")
     return None

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Collection
 import grpc
 
 from services.kit import faults
+from services.kit.call import received
 
 CALLER_KEY = "inkwell-caller"
 """Metadata with which a gateway names its caller to a service. Gateways refuse calls that bring it."""
@@ -60,7 +61,7 @@ def caller_at_service(context: grpc.aio.ServicerContext, *, encrypted: bool, all
     encrypted: whether callers had to show a certificate. allowed: names of certificates that may call, and may say for
     whom; empty for all that the authority signed, none of which may speak for others.
     """
-    said = [value for key, value in context.invocation_metadata() or () if key == CALLER_KEY]
+    said = [value for key, value in received(context) if key == CALLER_KEY]
     if len(said) > 1 or (said and not (isinstance(said[0], str) and is_name(said[0]))):
         raise faults.invalid_field(f"metadata.{CALLER_KEY}", "expected one name in printable ASCII")
     if not encrypted:

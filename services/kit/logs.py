@@ -2,10 +2,14 @@
 
 import logging
 import sys
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
 import structlog
+
+# Methods that are not called like the level of their lines, as structlog has it.
+_LEVELS = {"warn": "warning", "exception": "error"}
 
 
 def configure(service: str, level: str) -> None:
@@ -14,12 +18,19 @@ def configure(service: str, level: str) -> None:
     level: "debug", "info", "warning" or "error".
     """
     number = logging.getLevelNamesMapping()[level.upper()]
-    shared: list[structlog.typing.Processor] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-        lambda _logger, _method, event: {"service": service, **event},
-    ]
+
+    # What structlog has a processor for each, in one: there is a line for every call.
+    def around(_logger: Any, method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        moment = datetime.now(UTC).replace(tzinfo=None).isoformat()
+        return {
+            "service": service,
+            **structlog.contextvars.get_contextvars(),
+            **event,
+            "level": _LEVELS.get(method, method),
+            "timestamp": f"{moment}Z",
+        }
+
+    shared: list[structlog.typing.Processor] = [around]
     structlog.configure(
         processors=[*shared, structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer(_json)],
         wrapper_class=structlog.make_filtering_bound_logger(number),

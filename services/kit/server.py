@@ -145,6 +145,9 @@ class ServiceServer:
                 ("grpc.http2.max_pings_without_data", 0),
             ],
         )
+        # Methods are found by their path. For those that are registered besides, as generated code does, grpc.aio waits
+        # one by one, and anew for every call.
+        server.add_registered_method_handlers = lambda *_: None
         names = list(self._register(server))
         health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, server)
         channelz.add_channelz_servicer(server)
@@ -244,6 +247,7 @@ class ServiceServer:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_REFUSED_WITHIN_S):
                 await self._boundary.wait_refused()
+        self._boundary.stopping = True
         await server.stop(None)
         await stopping
         # stop() may return before handlers have run their `finally` blocks (grpc#37239), and those need the engine.

@@ -37,15 +37,7 @@ def reads(channel: grpc.aio.Channel) -> Callers:
     recognize = channel.unary_unary(UNARY)
 
     async def call(_number: int) -> None:
-        try:
-            answer = await recognize(request(count=3), timeout=PATIENCE_S)
-        except grpc.aio.AioRpcError as error:
-            # A gateway says who serves just before it passes the answer on. Killed between the two, it leaves a call
-            # that gRPC does not send again, as an answer had begun; its caller may, since a read changes nothing.
-            if error.code() is not grpc.StatusCode.UNAVAILABLE or not error.initial_metadata():
-                raise
-            answer = await recognize(request(count=3), timeout=PATIENCE_S)
-        assert answer == b"3"
+        assert await recognize(request(count=3), timeout=PATIENCE_S) == b"3"
 
     return Callers(call)
 
