@@ -17,6 +17,7 @@ from grpc_reflection.v1alpha import reflection
 from services.kit import device_metrics, identity, logs, orca, tracing
 from services.kit.boundary import Boundary, Guard
 from services.kit.engine_host import EngineHost, EngineStartError
+from services.kit.listening import Listening
 from services.kit.metrics import Metrics, MetricsPage
 from services.kit.settings import ServiceSettings, is_loopback
 from services.kit.tls import TlsFolder
@@ -121,44 +122,34 @@ class ServiceServer:
         self._boundary.guard = guard or identity.guard(
             encrypted=settings.tls_folder is not None and settings.tls_clients, allowed=settings.callers
         )
-        self._server: grpc.aio.Server | None = None
+        self._server: Listening | None = None
         self._exits = contextlib.AsyncExitStack()
 
     async def start(self) -> None:
         """Listen and start the engine; returns while the engine still loads. Raises OSError if a port is taken."""
         settings = self.settings
-        server = grpc.aio.server(
-            interceptors=[self._boundary, *self._interceptors],
-            options=[
-                ("grpc.max_receive_message_length", settings.max_message_bytes * _CORE_LIMIT_FACTOR),
-                ("grpc.max_send_message_length", -1),
-                # Unless it is meant, a second server on the same port would silently take half of the calls.
-                ("grpc.so_reuseport", int(self._share_port)),
-                # Let clients look for a dead connection every 10 s, also between calls. Core's own bound is 5 minutes.
-                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-                ("grpc.keepalive_permit_without_calls", 1),
-                # A client that vanished without a word would keep its calls under way until their deadlines.
-                ("grpc.keepalive_time_ms", int(settings.client_keepalive_time_s * 1000)),
-                ("grpc.keepalive_timeout_ms", int(settings.client_keepalive_timeout_s * 1000)),
-                # Of other pings, whose answer a probe waits for; a minute by default.
-                ("grpc.http2.ping_timeout_ms", int(settings.client_keepalive_timeout_s * 1000)),
-                ("grpc.http2.max_pings_without_data", 0),
-            ],
-        )
-        # Methods are found by their path. For those that are registered besides, as generated code does, grpc.aio waits
-        # one by one, and anew for every call.
-        server.add_registered_method_handlers = lambda *_: None
-        names = list(self._register(server))
-        health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, server)
-        channelz.add_channelz_servicer(server)
-        if self.host is not None:
-            orca.register(server, functools.partial(orca.load_of, self.host.admission))
-        described = [*names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name]
-        reflection.enable_server_reflection([*described, reflection.SERVICE_NAME], server)
+        names: list[str] = []
+
+        def make(port: int) -> tuple[grpc.aio.Server, int]:
+            server = self._made()
+            names[:] = self._serve(server)
+            return server, self._listen(server, port)
+
         try:
-            self.port = self._listen(server)
+            server = Listening(make, settings.port, grace_s=settings.drain_grace_s)
         except RuntimeError as error:
             raise OSError(f"cannot listen on {settings.host}:{settings.port}; is the port taken?") from error
+        self.port = server.port
+        if settings.tls_folder is None:
+            log.warning(
+                "plain text: whoever can connect may call and may read along"
+                + (" (this machine only)" if is_loopback(settings.host) else ""),
+                address=f"{settings.host}:{settings.port}",
+                instead="set TLS to a folder of certificates",
+            )
+        else:
+            folder = TlsFolder(settings.tls_folder)
+            self.metrics.follow_certificate(lambda: folder.current().expires.timestamp())
 
         async with contextlib.AsyncExitStack() as exits:
             if settings.metrics_port >= 0:
@@ -185,33 +176,64 @@ class ServiceServer:
         self._server = server
         log.info("listening", address=f"{settings.host}:{self.port}", metrics_port=self.metrics_port or None)
 
-    def _listen(self, server: grpc.aio.Server) -> int:
+    def _made(self) -> grpc.aio.Server:
         settings = self.settings
-        address = f"{settings.host}:{settings.port}"
-        if settings.tls_folder is None:
-            log.warning(
-                "plain text: whoever can connect may call and may read along"
-                + (" (this machine only)" if is_loopback(settings.host) else ""),
-                address=address,
-                instead="set TLS to a folder of certificates",
-            )
+        return grpc.aio.server(
+            interceptors=[self._boundary, *self._interceptors],
+            options=[
+                ("grpc.max_receive_message_length", settings.max_message_bytes * _CORE_LIMIT_FACTOR),
+                ("grpc.max_send_message_length", -1),
+                # Unless it is meant, a second server on the same port would silently take half of the calls.
+                ("grpc.so_reuseport", int(self._share_port)),
+                # Let clients look for a dead connection every 10 s, also between calls. Core's own bound is 5 minutes.
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+                # A client that vanished without a word would keep its calls under way until their deadlines.
+                ("grpc.keepalive_time_ms", int(settings.client_keepalive_time_s * 1000)),
+                ("grpc.keepalive_timeout_ms", int(settings.client_keepalive_timeout_s * 1000)),
+                # Of other pings, whose answer a probe waits for; a minute by default.
+                ("grpc.http2.ping_timeout_ms", int(settings.client_keepalive_timeout_s * 1000)),
+                ("grpc.http2.max_pings_without_data", 0),
+            ],
+        )
+
+    def _serve(self, server: grpc.aio.Server) -> list[str]:
+        """Register everything; answers the full names of the servicers."""
+        # Methods are found by their path. For those that are registered besides, as generated code does, grpc.aio waits
+        # one by one, and anew for every call.
+        server.add_registered_method_handlers = lambda *_: None
+        names = list(self._register(server))
+        health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, server)
+        channelz.add_channelz_servicer(server)
+        if self.host is not None:
+            orca.register(server, functools.partial(orca.load_of, self.host.admission))
+        described = [*names, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name]
+        reflection.enable_server_reflection([*described, reflection.SERVICE_NAME], server)
+        return names
+
+    def _listen(self, server: grpc.aio.Server, port: int) -> int:
+        address = f"{self.settings.host}:{port}"
+        if self.settings.tls_folder is None:
             return int(server.add_insecure_port(address))
-        folder = TlsFolder(settings.tls_folder)
-        self.metrics.follow_certificate(lambda: folder.current().expires.timestamp())
-        credentials = folder.server_credentials(require_clients=settings.tls_clients)
+        credentials = TlsFolder(self.settings.tls_folder).server_credentials(require_clients=self.settings.tls_clients)
         return int(server.add_secure_port(address, credentials))
 
     async def _answer_probes(self, exits: contextlib.AsyncExitStack) -> None:
         """Serve health alone, in plain text, until the exits close; raises OSError if the port is taken."""
         settings = self.settings
-        server = grpc.aio.server(
-            options=[("grpc.so_reuseport", int(self._share_port))], maximum_concurrent_rpcs=_PROBES_AT_A_TIME
-        )
-        health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, server)
+
+        def make(port: int) -> tuple[grpc.aio.Server, int]:
+            server = grpc.aio.server(
+                options=[("grpc.so_reuseport", int(self._share_port))], maximum_concurrent_rpcs=_PROBES_AT_A_TIME
+            )
+            health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, server)
+            return server, server.add_insecure_port(f"{settings.host}:{port}")
+
         try:
-            self.health_port = server.add_insecure_port(f"{settings.host}:{settings.health_port}")
+            server = Listening(make, settings.health_port, grace_s=0)
         except RuntimeError as error:
             raise OSError(f"cannot listen on {settings.host}:{settings.health_port}; is the port taken?") from error
+        self.health_port = server.port
         await server.start()
         exits.push_async_callback(server.stop, None)
 

@@ -43,6 +43,7 @@ TOLD = {
     grpc.StatusCode.FAILED_PRECONDITION,
     grpc.StatusCode.RESOURCE_EXHAUSTED,
     grpc.StatusCode.UNIMPLEMENTED,
+    grpc.StatusCode.DEADLINE_EXCEEDED,  # with a reason: what was asked for takes longer than HANGS_S
 }
 HANGS_S = 60.0
 LONG = 1000  # a run that also measures
@@ -201,11 +202,23 @@ HTTP2 = b"".join(
 )
 
 
+def connected(address: str) -> socket.socket:
+    """A connection; raises ConnectionRefusedError if none is taken for long: a server that was broken listens anew."""
+    host, _, port = address.rpartition(":")
+    end = time.monotonic() + HANGS_S
+    while True:
+        try:
+            return socket.create_connection((host, int(port)))
+        except ConnectionRefusedError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.05)
+
+
 def hear(address: str, said: bytes) -> bytes:
     """What the server says to these bytes, until it hangs up or has no more to say for a while."""
-    host, _, port = address.rpartition(":")
     heard = b""
-    with socket.create_connection((host, int(port))) as connection, contextlib.suppress(OSError):
+    with connected(address) as connection, contextlib.suppress(OSError):
         connection.sendall(said)
         connection.shutdown(socket.SHUT_WR)
         connection.settimeout(HANGS_S)

@@ -16,11 +16,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_status import rpc_status
 
+from inkwell import channel as sdk
 from services.kit import faults
 from services.kit.call import priority_of
 from services.kit.metrics import Metrics, MetricsPage
 from services.kit.server import ServiceServer
 from services.kit.settings import ServiceSettings
+from tests.faults.test_mutated import HTTP2, PATH, hear
 
 Text = wrappers_pb2.StringValue
 LIMIT = 4096
@@ -323,6 +325,21 @@ async def test_when_the_grace_is_over_what_is_left_is_cancelled(running: Running
     assert running.behaviour.left.is_set()
     with pytest.raises(grpc.aio.AioRpcError):
         await held
+
+
+async def test_a_path_that_is_no_text_ends_no_call_and_the_server_listens_again(running: Running) -> None:
+    """It ends the loop of grpc.aio that takes calls, and closes the port."""
+    address = f"127.0.0.1:{running.server.port}"
+    held = asyncio.create_task(running.call("One", "hold"))
+    await running.behaviour.entered.wait()
+    for _ in range(3):
+        await asyncio.to_thread(hear, address, HTTP2.replace(PATH, PATH[:-1] + b"\xff"))
+        # The SDK's: a call that meets the old server's end is made again.
+        async with sdk.open_aio_channel(address, None) as channel:
+            fresh = Running(running.server, channel, running.behaviour)
+            assert await fresh.call("One", "word", wait_for_ready=True, timeout=60) == "WORD"
+    running.behaviour.release.set()
+    assert await held == "HOLD"
 
 
 async def test_a_taken_port_is_an_error_at_start(running: Running) -> None:
