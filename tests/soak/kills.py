@@ -80,11 +80,11 @@ async def run_ocr(minutes: float) -> dict[str, Bar]:
     requests = [ocr_pb2.RecognizeRequest(image=common_pb2.Image(content=image)).SerializeToString() for image in IMAGES]
     async with behind_gateway(services) as (channel, gateway):
         recognize = channel.unary_unary(UNARY, response_deserializer=ocr_pb2.RecognizeResponse.FromString)
-        texts = [(await recognize(asked, timeout=PATIENCE_S)).text for asked in requests]
+        texts = [(await recognize(asked, timeout=PATIENCE_S)).recognition.hypotheses[0].text for asked in requests]
 
         async def call(number: int) -> None:
             line = number % len(requests)
-            assert (await recognize(requests[line], timeout=PATIENCE_S)).text == texts[line]
+            assert (await recognize(requests[line], timeout=PATIENCE_S)).recognition.hypotheses[0].text == texts[line]
 
         measured = await kill(services, gateway, call, minutes)
     measured.say()
