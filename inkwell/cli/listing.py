@@ -40,7 +40,7 @@ async def fleet(client: AsyncClient, *, service: str, hardware: str, as_json: bo
             )
         if not pool.endpoints:
             rows.append((pool.name, pool.service, pool.hardware, ", ".join(pool.targets), "no endpoint", *[""] * 5))
-    head = ("POOL", "SERVICE", "HARDWARE", "ENDPOINT", "STATE", "VERSION", "IN FLIGHT", "CALLS", "LOST", "LAST ERROR")
+    head = ("POOL", "SERVICE", "HARDWARE", "ENDPOINT", "STATE", "VERSION", "BUSY", "CALLS", "LOST", "LAST ERROR")
     report.table(head, rows)
 
 

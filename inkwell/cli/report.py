@@ -133,7 +133,7 @@ _OPTIONS = {
     "inkwell-hardware": "--hardware",
 }
 
-_LAST_COLUMN_LEAST = 8
+_LAST_COLUMN_LEAST = 6
 """Characters that a table keeps for its last column, if it can."""
 
 

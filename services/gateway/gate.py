@@ -17,6 +17,9 @@ OVERLOAD_SHARE = 0.25
 # By so many calls a queue has to grow, and by so many times the limit, for its growth to say anything.
 _GROWS_LEAST = 12
 _GROWS_TIMES = 2
+# And as fast as three times the capacity makes it grow: the callers of a gateway that died come to another over some
+# tenths of a second, too, and then wait for their answers. What is offered beyond that comes to the bounds soon enough.
+_GROWS_CAPACITIES = 2
 # That of all callers has to grow so much longer and by so many more, so that one who asks too much is found before.
 _OF_ALL = 1.25
 _MOST_OVERLOADING = 1000  # callers that are remembered to ask too much; with more, all do
@@ -277,12 +280,15 @@ class Gate:
         if self._overloaded or caller in self._overloading or not takes_s or not limit:
             return
         for_s, by = max(TOGETHER_S, OVERLOAD_SHARE * takes_s), max(_GROWS_LEAST, _GROWS_TIMES * limit)
+        a_second = _GROWS_CAPACITIES * limit / takes_s
         own = self._growth.get(caller)  # None for the first that waits
-        if own is not None and own.goes_on(self._queue.waiting_of(caller) + 1, now, for_s=for_s, by=by):
+        if own is not None and own.goes_on(self._queue.waiting_of(caller) + 1, now, for_s=for_s, by=by, a_second=a_second):
             self._asks_too_much(caller)
             return
         waiting = len(self._queue) + 1 - sum(map(self._queue.waiting_of, self._overloading))
-        self._overloaded = self._growth_of_all.goes_on(waiting, now, for_s=_OF_ALL * for_s, by=_OF_ALL * by)
+        self._overloaded = self._growth_of_all.goes_on(
+            waiting, now, for_s=_OF_ALL * for_s, by=_OF_ALL * by, a_second=a_second
+        )
 
     def _left_queue(self, caller: str, now: float) -> None:
         if not self._queue.waiting_of(caller):

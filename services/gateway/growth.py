@@ -24,14 +24,15 @@ class Growth:
     _from: int = 0
     _last: float = -math.inf  # when it last rose
 
-    def goes_on(self, waiting: int, now: float, *, for_s: float, by: float) -> bool:
-        """Note that so many wait now; whether they have become more for at least `for_s` seconds, by at least `by`.
+    def goes_on(self, waiting: int, now: float, *, for_s: float, by: float, a_second: float) -> bool:
+        """Note that so many wait now; whether they have become more for at least `for_s` seconds.
 
-        A pause of as long ends a rise. Fewer than there were before are no rise.
+        By at least `by`, that is, and as fast as `a_second`. A pause of as long ends a rise. Fewer than there were before are no rise.
         """
         if waiting <= self._peak:
             return False
         if now - self._last > for_s:
             self._began, self._from = now, waiting
         self._peak, self._last = waiting, now
-        return now - self._began >= for_s and waiting - self._from >= by
+        rising_s = now - self._began
+        return rising_s >= for_s and waiting - self._from >= max(by, a_second * rising_s)

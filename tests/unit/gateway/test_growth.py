@@ -6,7 +6,7 @@ from services.gateway.growth import Growth
 
 
 def goes_on(growth: Growth, rises: Iterable[tuple[float, int]]) -> list[bool]:
-    return [growth.goes_on(waiting, now, for_s=0.1, by=16) for now, waiting in rises]
+    return [growth.goes_on(waiting, now, for_s=0.1, by=16, a_second=10) for now, waiting in rises]
 
 
 def test_calls_that_come_together_are_no_growth() -> None:
@@ -39,3 +39,9 @@ def test_more_callers_that_join_at_once_are_no_growth() -> None:
     assert not any(goes_on(growth, ((0.001 * i, i) for i in range(1, 40))))
     assert not any(goes_on(growth, ((5 + 0.001 * i, 39 + i) for i in range(1, 40))))
     assert any(goes_on(growth, ((10 + 0.004 * i, 78 + i) for i in range(1, 40))))
+
+
+def test_callers_that_come_as_fast_as_they_can_be_served_are_no_growth() -> None:
+    growth = Growth()
+    rises = [(0.008 * i, i) for i in range(1, 33)]  # 125 a second
+    assert not any(growth.goes_on(waiting, now, for_s=0.1, by=12, a_second=500) for now, waiting in rises)
