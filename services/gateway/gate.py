@@ -282,7 +282,9 @@ class Gate:
         for_s, by = max(TOGETHER_S, OVERLOAD_SHARE * takes_s), max(_GROWS_LEAST, _GROWS_TIMES * limit)
         a_second = _GROWS_CAPACITIES * limit / takes_s
         own = self._growth.get(caller)  # None for the first that waits
-        if own is not None and own.goes_on(self._queue.waiting_of(caller) + 1, now, for_s=for_s, by=by, a_second=a_second):
+        if own is not None and own.goes_on(
+            self._queue.waiting_of(caller) + 1, now, for_s=for_s, by=by, a_second=a_second
+        ):
             self._asks_too_much(caller)
             return
         waiting = len(self._queue) + 1 - sum(map(self._queue.waiting_of, self._overloading))

@@ -27,7 +27,8 @@ class Growth:
     def goes_on(self, waiting: int, now: float, *, for_s: float, by: float, a_second: float) -> bool:
         """Note that so many wait now; whether they have become more for at least `for_s` seconds.
 
-        By at least `by`, that is, and as fast as `a_second`. A pause of as long ends a rise. Fewer than there were before are no rise.
+        By at least `by`, that is, and as fast as `a_second`. A pause of as long ends a rise. Fewer than there were
+        before are no rise.
         """
         if waiting <= self._peak:
             return False
