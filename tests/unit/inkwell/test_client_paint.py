@@ -190,7 +190,9 @@ def test_controls_and_preprocessors_are_listed(client: inkwell.Client) -> None:
 def test_the_fleet_is_listed(client: inkwell.Client) -> None:
     ocr, paint = client.fleet()
     assert (ocr.name, ocr.service, ocr.hardware, ocr.targets) == ("ocr-cpu", "ocr", "cpu", ("dns:///ocr:50051",))
-    assert ocr.endpoints[0] == inkwell.Endpoint("10.0.0.1:50051", inkwell.EndpointState.READY, 2, 40, 0, "", version="0.1.0")
+    assert ocr.endpoints[0] == inkwell.Endpoint(
+        "10.0.0.1:50051", inkwell.EndpointState.READY, 2, 40, 0, "", version="0.1.0"
+    )
     assert ocr.endpoints[1].state is inkwell.EndpointState.UNREACHABLE
     assert ocr.endpoints[1].last_error == "connection refused"
     assert paint.endpoints == ()
