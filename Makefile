@@ -39,7 +39,7 @@ test-triton: $(VENV)/.installed-dev  ## Run the tests that need NVIDIA's own tri
 	@mkdir -p $(dir $(TRITONSERVER)) && $(RUN) -m tests.support.nvidia_tritonserver $(TRITONSERVER)
 	@INKWELL_TRITONSERVER=$(TRITONSERVER) $(RUN) -m pytest tests/integration/test_tritonserver.py $(ARGS)
 
-soak: $(VENV)/.installed-dev  ## Break the services for 50 minutes and measure it (RUNS="kills overload mixed" for some)
+soak: $(VENV)/.installed-dev  ## Break the services for an hour and measure it (RUNS="kills overload mixed" for some)
 ifeq ($(RUNS),)
 	@echo "· killing services and operations at random moments (tests/faults)"
 	@INKWELL_KILLS=50 $(RUN) -m pytest tests/faults/test_operations_killed.py $(ARGS)
