@@ -206,6 +206,8 @@ async def test_when_the_service_is_killed(kind: str, tmp_path: Path) -> None:
         before = census()
         asked = request(count=3, hold_at=2, release=str(release))
         calls = [begin(gateway.channel, path, asked) for _ in range(SLOTS)]
+        # One that comes when the endpoint is known to be gone is refused instead.
+        await until(lambda: gateway.endpoint(service).in_flight == SLOTS)
         if path != UNARY:
             for call in calls:
                 assert await call.read() == b"1"

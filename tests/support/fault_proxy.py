@@ -12,6 +12,8 @@ from collections.abc import AsyncIterator
 from typing import Literal
 
 End = Literal["caller", "server"]
+# When it is due, what makes it due at once (`heal`, also of a chunk that waits behind another), and the bytes.
+_Chunks = asyncio.Queue[tuple[float, asyncio.Event, bytes]]
 
 _CHUNK_BYTES = 1 << 16
 # Chunks on their way in one direction; a sender that fills them is no longer read from, and TCP slows it down.
@@ -65,12 +67,12 @@ class _Connection:
             writer.close()
 
     async def _one_way(self, reader: asyncio.StreamReader, to: End) -> None:
-        chunks: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue(_CHUNKS_MOST)
+        chunks: _Chunks = asyncio.Queue(_CHUNKS_MOST)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._read(reader, chunks))
             group.create_task(self._write(chunks, to))
 
-    async def _read(self, reader: asyncio.StreamReader, chunks: asyncio.Queue[tuple[float, bytes]]) -> None:
+    async def _read(self, reader: asyncio.StreamReader, chunks: _Chunks) -> None:
         clock = asyncio.get_running_loop().time
         data = b"."
         while data:
@@ -78,18 +80,18 @@ class _Connection:
                 data = await reader.read(_CHUNK_BYTES)
             except OSError:
                 data = b""
-            await chunks.put((clock() + self.proxy.delay_s, data))
+            await chunks.put((clock() + self.proxy.delay_s, self.proxy.prompt, data))
 
-    async def _write(self, chunks: asyncio.Queue[tuple[float, bytes]], to: End) -> None:
+    async def _write(self, chunks: _Chunks, to: End) -> None:
         writer = self.writers[to]
         clock = asyncio.get_running_loop().time
         while True:
-            due, data = await chunks.get()
+            due, prompt, data = await chunks.get()
             if (left := due - clock()) > 0:
                 self.proxy.delayed.set()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(left):
-                        await self.proxy.prompt.wait()
+                        await prompt.wait()
             await self.proxy.flowing.wait()
             if self.proxy.gone:
                 if data:
